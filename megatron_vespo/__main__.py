@@ -1,0 +1,3 @@
+from megatron_vespo.cli import main
+
+main()

@@ -1,0 +1,94 @@
+"""The command line. Heavy modules are imported inside the commands, so that --help answers at once."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from megatron_vespo.errors import ConfigError, RunError
+
+app = typer.Typer(
+    name="megatron-vespo",
+    help="Stable off-policy reinforcement learning of MoE language models: Megatron-Core, SGLang, Ray, VESPO.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+ConfigFile = Annotated[Path, typer.Argument(help="YAML configuration.", metavar="CONFIG")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="Settings to change, as key.path=value.", metavar="[KEY=VALUE]...")
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved configuration and stop.")]
+
+
+@app.command()
+def train(config: ConfigFile, overrides: Overrides = None, dry_run: DryRun = False) -> None:
+    """Reinforcement learning, from a checkpoint to a report."""
+    from megatron_vespo.config import TrainConfig, load_config
+    from megatron_vespo.config.describe import describe_run
+
+    settings = load_config(TrainConfig, config, overrides)
+    print(describe_run(settings, full=dry_run))
+    if not dry_run:
+        from megatron_vespo.orchestration.synchronous import run_training
+
+        run_training(settings)
+
+
+@app.command()
+def sft(config: ConfigFile, overrides: Overrides = None, dry_run: DryRun = False) -> None:
+    """Supervised training on demonstrations, with the same policy."""
+    from megatron_vespo.config import SFTConfig, load_config
+    from megatron_vespo.config.describe import dump
+
+    settings = load_config(SFTConfig, config, overrides)
+    if dry_run:
+        print(dump(settings))
+        return
+    from megatron_vespo.orchestration.sft import run_sft
+
+    run_sft(settings)
+
+
+@app.command(name="eval")
+def evaluate(
+    checkpoint: Annotated[Path, typer.Argument(help="Folder in Hugging Face format.", metavar="CHECKPOINT")],
+    tasks: Annotated[Path, typer.Argument(help="YAML with the tasks and how to sample.", metavar="TASKS")],
+    overrides: Overrides = None,
+    output: Annotated[Path | None, typer.Option("--out", help="Also write the figures as JSON.")] = None,
+) -> None:
+    """Accuracy of a checkpoint on the engine: avg@k, pass@k, response length."""
+    from megatron_vespo.config import EvaluateConfig, load_config
+    from megatron_vespo.orchestration.evaluate_checkpoint import run_evaluation
+
+    run_evaluation(load_config(EvaluateConfig, tasks, overrides), checkpoint, output)
+
+
+@app.command()
+def report(run: Annotated[Path, typer.Argument(help="Folder of a run.", metavar="RUN")]) -> None:
+    """Write report.html again from a run's files."""
+    from megatron_vespo.observability.report import write_report
+
+    print(f"report: {write_report(run)}")
+
+
+def main() -> None:
+    """Exit codes: 0 done, 1 the run failed, 2 a mistake in the input, 128 + n stopped by signal n."""
+    sys.exit(_exit_code(app))
+
+
+def _exit_code(command: Callable[[], None]) -> int:
+    try:
+        command()
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except RunError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except SystemExit as exit_request:
+        return exit_request.code if isinstance(exit_request.code, int) else 1
+    return 0

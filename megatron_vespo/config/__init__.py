@@ -1,0 +1,56 @@
+"""Typed settings. Importing this loads neither torch nor ray."""
+
+from megatron_vespo.config.algorithm import AdvantageConfig, AlgorithmConfig, KernelCoefficients, ObjectiveConfig
+from megatron_vespo.config.data import (
+    CustomSource,
+    DataConfig,
+    ExcludedPrompts,
+    FileSource,
+    ReasoningGymSource,
+    RewardConfig,
+    Source,
+)
+from megatron_vespo.config.load import load_config
+from megatron_vespo.config.model import LayoutConfig, ModelConfig, OptimizerConfig, PolicyConfig
+from megatron_vespo.config.rollout import EngineConfig, RolloutConfig, SamplingConfig, WeightSyncConfig
+from megatron_vespo.config.run import (
+    DemonstrationsConfig,
+    EvaluateConfig,
+    EvaluationConfig,
+    ObservabilityConfig,
+    SFTConfig,
+    TrainConfig,
+)
+from megatron_vespo.config.section import Section
+from megatron_vespo.errors import ConfigError
+
+__all__ = [
+    "AdvantageConfig",
+    "AlgorithmConfig",
+    "ConfigError",
+    "CustomSource",
+    "DataConfig",
+    "DemonstrationsConfig",
+    "EngineConfig",
+    "EvaluateConfig",
+    "EvaluationConfig",
+    "ExcludedPrompts",
+    "FileSource",
+    "KernelCoefficients",
+    "LayoutConfig",
+    "ModelConfig",
+    "ObjectiveConfig",
+    "ObservabilityConfig",
+    "OptimizerConfig",
+    "PolicyConfig",
+    "ReasoningGymSource",
+    "RewardConfig",
+    "RolloutConfig",
+    "SFTConfig",
+    "SamplingConfig",
+    "Section",
+    "Source",
+    "TrainConfig",
+    "WeightSyncConfig",
+    "load_config",
+]

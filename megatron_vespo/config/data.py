@@ -1,0 +1,73 @@
+"""Where prompts come from and how responses are graded."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, PositiveFloat, PositiveInt
+
+from megatron_vespo.config.section import Section
+
+
+class ReasoningGymSource(Section):
+    type: Literal["reasoning_gym"]
+    task: str
+    """Name of a reasoning-gym dataset, e.g. `chain_sum`."""
+    settings: dict[str, Any] = {}
+    """Arguments of that dataset's config."""
+    partial_credit: bool = False
+    """False: the reward is 1 for a full score of the task's own scorer, else 0."""
+    weight: PositiveFloat = 1.0
+    """Share of this source among all sources."""
+
+
+class FileSource(Section):
+    type: Literal["file"]
+    path: str
+    """A .jsonl or .parquet file, one prompt a row."""
+    prompt_key: str = "prompt"
+    """Column with the question (text), or with chat messages (a list of {role, content})."""
+    answer_key: str | None = "answer"
+    """Column handed to the scorer as the reference answer."""
+    scorer: str | None = None
+    """`exact_match`, `math_verify`, or the dotted path `package.module:function` of `(response, answer, row) -> float`."""
+    weight: PositiveFloat = 1.0
+
+
+class CustomSource(Section):
+    type: Literal["custom"]
+    target: str
+    """Dotted path `package.module:Class` of a prompt source (see megatron_vespo.data.sources)."""
+    settings: dict[str, Any] = {}
+    scorer: str | None = None
+    """As in a file source; None: the source's own `score`."""
+    weight: PositiveFloat = 1.0
+
+
+Source = Annotated[ReasoningGymSource | FileSource | CustomSource, Field(discriminator="type")]
+
+
+class DataConfig(Section):
+    sources: tuple[Source, ...] = Field(min_length=1)
+    max_prompt_tokens: PositiveInt = 1024
+    overlong_prompts: Literal["drop", "error"] = "drop"
+    """What happens to a prompt longer than `max_prompt_tokens`; dropped ones are counted."""
+    system_prompt: str | None = None
+    """A system message put before each question."""
+
+
+class RewardConfig(Section):
+    workers: PositiveInt = 1
+    """Processes that grade. Each can be killed without harm to the run."""
+    timeout_seconds: PositiveFloat = 10.0
+    """Hard deadline of one grading; then its process is killed."""
+    memory_limit_mb: PositiveInt = 4096
+    """Address space of a grading process."""
+    on_failure: float = 0.0
+    """Reward of a trajectory whose grading threw, hung, died or returned NaN. Counted by kind."""
+
+
+class ExcludedPrompts(Section):
+    """Prompts that evaluation must not contain: the first `size` of a seed of one source."""
+
+    source: Source
+    seed: int
+    size: PositiveInt

@@ -1,0 +1,78 @@
+"""How responses are sampled."""
+
+from typing import Any, Literal
+
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+
+from megatron_vespo.config.section import Section
+
+
+class SamplingConfig(Section):
+    temperature: float = Field(default=1.0, ge=0)
+    """0 is greedy (evaluation only)."""
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    top_k: int = -1
+    min_p: float = Field(default=0.0, ge=0, le=1)
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: dict[str, float] | None = None
+
+
+NEUTRAL_SAMPLING = SamplingConfig()
+
+
+class EngineConfig(Section):
+    """One SGLang server."""
+
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """None: the model's."""
+    tensor_parallel: PositiveInt = 1
+    max_total_tokens: PositiveInt | None = None
+    """Size of the KV cache in tokens; None lets SGLang decide from memory."""
+    max_running_requests: PositiveInt | None = None
+    memory_fraction: float = Field(default=0.7, gt=0, lt=1)
+    port: PositiveInt | None = None
+    """None: a free port. A port in use is replaced by a free one, and said."""
+    startup_timeout_seconds: PositiveFloat = 600.0
+    request_timeout_seconds: PositiveFloat = 1800.0
+    extra_arguments: dict[str, Any] = {}
+    """Further arguments of `sglang.launch_server`, e.g. {"enable-metrics": true}."""
+
+
+class RolloutConfig(Section):
+    group_size: PositiveInt = 8
+    """Responses to one prompt."""
+    max_response_tokens: PositiveInt = 1024
+    sampling: SamplingConfig = SamplingConfig()
+    truncated: Literal["keep", "mask", "penalise"] = "keep"
+    """A response cut at `max_response_tokens`: trained on as graded; not trained on; graded less `truncation_penalty`."""
+    truncation_penalty: float = Field(default=0.5, ge=0)
+    deterministic: bool = False
+    """Batch-invariant sampling with a seed for each sample: the same seed gives bitwise the same run. Costs speed."""
+    concurrent_groups: PositiveInt = 256
+    """Groups in flight on the engine at once."""
+    engine: EngineConfig = EngineConfig()
+
+    @model_validator(mode="after")
+    def samples_the_models_own_distribution(self):
+        if self.sampling.temperature == 0:
+            raise ValueError(
+                "sampling.temperature is 0: greedy responses of a group are all equal, nothing to learn from"
+            )
+        for name in SamplingConfig.model_fields:
+            value, neutral = getattr(self.sampling, name), getattr(NEUTRAL_SAMPLING, name)
+            if name != "temperature" and value != neutral:
+                raise ValueError(
+                    f"sampling.{name} = {value} is refused in training: behavior log-probs would not be those of the "
+                    f"distribution that was sampled, and importance weights would be wrong. Leave it at {neutral}"
+                )
+        return self
+
+
+class WeightSyncConfig(Section):
+    bucket_mb: PositiveFloat = 512.0
+    """Tensors are flattened into buckets of about this size and broadcast one by one."""
+    verify_every: PositiveInt = 10
+    """Compare the checksum of every tensor on the engine at the start and at each such sync."""
+    timeout_seconds: PositiveFloat = 600.0
