@@ -1,0 +1,76 @@
+"""What in a run deserves attention, said in words. Thresholds are those of docs/metrics.md."""
+
+from megatron_vespo.observability.run_folder import RunFolder, column
+
+OUTCOMES = ("exception", "timeout", "crash", "not_finite")
+
+
+def findings(run: RunFolder) -> list[str]:
+    """One sentence for each thing that is not as it should be; empty for a healthy run."""
+    return [*_numerics(run), *_staleness(run), *_rewards(run), *_responses(run)]
+
+
+def _numerics(run: RunFolder) -> list[str]:
+    found = []
+    mismatches = max((value or 0 for value in column(run.kind("sync"), "mismatches")), default=0)
+    if mismatches:
+        found.append(
+            f"{mismatches:.0f} tensors on the engine differed from the trainer's after a sync: do not trust this run."
+        )
+    bad = [
+        row["step"]
+        for row in run.kind("step")
+        if row.get("loss") != row.get("loss") or row.get("grad_norm") == float("inf")
+    ]
+    if bad:
+        found.append(f"The loss or the gradient was not finite at {len(bad)} steps, first at step {bad[0]}.")
+    at_equal = [row.get("log_weight/std") for row in run.kind("step") if row.get("mini_batch") == 0]
+    widest = max((value for value in at_equal if value is not None), default=0.0)
+    if widest > 0.5:
+        found.append(
+            f"The standard deviation of log W at equal weights reached {widest:.2f} (alarm: 0.5): engine and trainer disagree, "
+            "and the kernel spends itself on numeric error."
+        )
+    return found
+
+
+def _staleness(run: RunFolder) -> list[str]:
+    steps = run.kind("step")
+    found = []
+    dead = [value for value in column(steps[-len(steps) // 4 :], "phi/share_below_0.01") if value is not None]
+    if dead and sum(dead) / len(dead) > 0.2:
+        found.append(
+            f"{sum(dead) / len(dead):.0%} of trajectories had a coefficient below 0.01 in the last quarter of the run: data too "
+            "stale, or the learning rate too high."
+        )
+    return found
+
+
+def _rewards(run: RunFolder) -> list[str]:
+    rollouts = run.kind("rollout")
+    found = []
+    for name in OUTCOMES:
+        count = sum(value or 0 for value in column(rollouts, f"reward/outcome/{name}"))
+        if count:
+            graded = sum(value or 0 for value in column(rollouts, "reward/outcome/graded"))
+            found.append(
+                f"Grading ended in '{name}' {count:.0f} times (graded: {graded:,.0f}); each got the fallback reward."
+            )
+    last = column(rollouts, "reward/groups_without_variance")[-1:]
+    if last and last[0] is not None and last[0] > 0.9:
+        found.append(
+            f"At the end {last[0]:.0%} of groups had one reward throughout: there was little left to learn from."
+        )
+    return found
+
+
+def _responses(run: RunFolder) -> list[str]:
+    rollouts = run.kind("rollout")
+    found = []
+    cut = column(rollouts, "response/truncated_share")[-1:]
+    if cut and cut[0] is not None and cut[0] > 0.1:
+        found.append(f"At the end {cut[0]:.0%} of responses were cut at the length limit.")
+    beyond = sum(value or 0 for value in column(rollouts, "response/ids_beyond_tokenizer"))
+    if beyond:
+        found.append(f"{beyond:.0f} sampled token ids were not the tokenizer's.")
+    return found

@@ -1,0 +1,37 @@
+const root = document.documentElement;
+root.dataset.theme = matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light";
+document.getElementById("theme").addEventListener("click", () => {
+  root.dataset.theme = root.dataset.theme === "dark" ? "light" : "dark";
+});
+
+function addHover(area) {
+  const series = JSON.parse(area.dataset.hover);
+  if (!series.length) return;
+  const cursor = area.appendChild(Object.assign(document.createElement("div"), { className: "cursor", hidden: true }));
+  const tip = area.appendChild(Object.assign(document.createElement("div"), { className: "tip", hidden: true }));
+
+  area.addEventListener("pointermove", (event) => {
+    const box = area.getBoundingClientRect();
+    const at = ((event.clientX - box.left) / box.width) * 1000;
+    let nearest = null;
+    for (const { points } of series)
+      for (const point of points) if (!nearest || Math.abs(point[0] - at) < Math.abs(nearest[0] - at)) nearest = point;
+    if (!nearest) return;
+    tip.replaceChildren(Object.assign(document.createElement("b"), { textContent: nearest[1] }));
+    for (const { name, colour, points } of series) {
+      const point = points.find((candidate) => candidate[0] === nearest[0]);
+      if (!point) continue;
+      const line = tip.appendChild(document.createElement("div"));
+      const key = line.appendChild(Object.assign(document.createElement("i"), { className: "key bar" }));
+      key.style.setProperty("--key", `var(--${colour})`);
+      line.append(name ? `${name}: ${point[2]}` : point[2]);
+    }
+    cursor.hidden = tip.hidden = false;
+    const x = (nearest[0] / 1000) * box.width;
+    cursor.style.left = `${x}px`;
+    tip.style.left = `${Math.max(0, Math.min(box.width - tip.offsetWidth, x + (x > box.width / 2 ? -tip.offsetWidth - 10 : 10)))}px`;
+  });
+  area.addEventListener("pointerleave", () => { cursor.hidden = tip.hidden = true; });
+}
+
+document.querySelectorAll("[data-hover]").forEach(addHover);

@@ -1,0 +1,121 @@
+"""Read what a run left in its folder, finished or not."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron_vespo.config import ConfigError
+
+Rows = list[dict[str, Any]]
+
+FILES = {
+    "config.yaml": "the resolved configuration",
+    "metrics.jsonl": "every measurement",
+    "weights.jsonl": "log W, phi and advantage of every trajectory at every step",
+    "samples_before.json": "sample responses before training",
+    "samples_after.json": "sample responses after training",
+    "summary.json": "the run's results",
+}
+
+
+@dataclass
+class RunFolder:
+    """A run's files, parsed. What is absent is empty here, and named in `missing`.
+
+    `broken_lines` counts lines of the .jsonl files that are not JSON objects (a killed run can leave one).
+    """
+
+    path: Path
+    rows: dict[str, Rows] = field(default_factory=dict)
+    """Rows of metrics.jsonl by kind, in the order written. A null that stands for a number not finite is that number."""
+    weights: Rows = field(default_factory=list)
+    samples_before: Rows = field(default_factory=list)
+    samples_after: Rows = field(default_factory=list)
+    config_text: str = ""
+    config: dict[str, Any] = field(default_factory=dict)
+    summary: dict[str, Any] = field(default_factory=dict)
+    missing: list[str] = field(default_factory=list)
+    broken_lines: int = 0
+
+    def kind(self, kind: str) -> Rows:
+        return self.rows.get(kind, [])
+
+    def setting(self, key: str, default: Any = None) -> Any:
+        """A value of config.yaml by its dotted path."""
+        node: Any = self.config
+        for name in key.split("."):
+            if not isinstance(node, dict) or name not in node:
+                return default
+            node = node[name]
+        return node
+
+
+def read_run(run_dir: str | Path) -> RunFolder:
+    """Read a run folder.
+
+    Raises:
+        ConfigError: no such folder, or it holds no run at all, or a file is not what it should be.
+    """
+    folder = Path(run_dir)
+    if not folder.is_dir():
+        raise ConfigError(f"{folder}: no such folder. Give the run_dir of a run")
+    run = RunFolder(folder, missing=[name for name in FILES if not (folder / name).exists()])
+    if {"config.yaml", "metrics.jsonl"} <= set(run.missing):
+        raise ConfigError(f"{folder}: holds neither config.yaml nor metrics.jsonl, so it is not the folder of a run")
+    metrics, broken_metrics = _read_lines(folder / "metrics.jsonl")
+    run.weights, broken_weights = _read_lines(folder / "weights.jsonl")
+    run.broken_lines = broken_metrics + broken_weights
+    for row in metrics:
+        row.update((name, float(text)) for name, text in row.pop("not_finite", {}).items())
+        run.rows.setdefault(row.get("kind", ""), []).append(row)
+    run.samples_before = _read_json(folder / "samples_before.json", [])
+    run.samples_after = _read_json(folder / "samples_after.json", [])
+    run.summary = _read_json(folder / "summary.json", {})
+    if "config.yaml" not in run.missing:
+        run.config_text = (folder / "config.yaml").read_text(encoding="utf-8")
+        try:
+            run.config = yaml.safe_load(run.config_text) or {}
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{folder / 'config.yaml'}: not readable as YAML: {error}") from None
+    return run
+
+
+def column(rows: Rows, name: str) -> list[float | None]:
+    """One measurement over rows; None where a row lacks it."""
+    return [float(row[name]) if isinstance(row.get(name), (int, float)) else None for row in rows]
+
+
+def mean(values: Sequence[float | None]) -> float | None:
+    there = [value for value in values if value is not None]
+    return sum(there) / len(there) if there else None
+
+
+def _read_lines(path: Path) -> tuple[Rows, int]:
+    rows, broken = [], 0
+    if path.exists():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError:
+                row = None
+            if isinstance(row, dict):
+                rows.append(row)
+            elif line.strip():
+                broken += 1
+    return rows, broken
+
+
+def _read_json(path: Path, empty: Any) -> Any:
+    if not path.exists():
+        return empty
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{path}: not readable as JSON: {error}. Remove it to leave it out of the report") from None
+    if type(value) is not type(empty):
+        raise ConfigError(f"{path}: expected a JSON {'list' if empty == [] else 'object'}")
+    return value

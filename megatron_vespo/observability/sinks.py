@@ -1,0 +1,131 @@
+"""Where measurements go: plain JSON lines always, and what else is asked for (`tensorboard_sink`).
+
+A row is a flat mapping with `kind`, `step` (optimizer steps done) and `timestamp` (Unix seconds); docs/metrics.md names
+every other key. Two runs of one seed differ only in `timestamp` and in keys under `time/` and `speed/`.
+"""
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+Row = dict[str, Any]
+
+
+class MetricSink(Protocol):
+    """Takes rows that `Metrics` has already made plain: str, bool, int, float and None, in a fixed order of keys."""
+
+    def write(self, row: Row) -> None: ...
+
+    def write_weights(self, step: int, staleness: int, arrays: Mapping[str, Sequence[float]]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Metrics:
+    """What the loop calls: makes each row plain once and hands it to every sink.
+
+    Args:
+        sinks: written to in this order.
+        clock: Unix seconds, for `timestamp`.
+    """
+
+    def __init__(self, sinks: Sequence[MetricSink], clock: Callable[[], float] = time.time):
+        self.sinks = list(sinks)
+        self.clock = clock
+
+    def write(self, kind: str, step: int, values: Mapping[str, Any]) -> Row:
+        """Write one row to every sink and return it (for the console).
+
+        Raises:
+            TypeError: a value is not a string, number, bool or None, or a 0-dimensional array of one.
+        """
+        row: Row = {"kind": kind, "step": int(step), "timestamp": round(self.clock(), 3)}
+        row.update((name, plain(name, values[name])) for name in sorted(values))
+        for sink in self.sinks:
+            sink.write(row)
+        return row
+
+    def write_weights(self, step: int, staleness: int, arrays: Mapping[str, Any]) -> None:
+        """Write the per-trajectory values of one optimizer step.
+
+        Args:
+            arrays: log_weight, phi, advantage, each a vector [trajectories] in one fixed order.
+        """
+        vectors = {name: np.asarray(arrays[name], dtype=np.float64).ravel().tolist() for name in sorted(arrays)}
+        for sink in self.sinks:
+            sink.write_weights(int(step), int(staleness), vectors)
+
+    def close(self) -> None:
+        for sink in self.sinks:
+            sink.close()
+
+    def __enter__(self) -> "Metrics":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def plain(name: str, value: Any) -> str | bool | int | float | None:
+    """A scalar (Python's, NumPy's, or a one-element array or tensor) as a Python scalar of the same value."""
+    if hasattr(value, "item"):
+        value = value.item()
+    if value is None or isinstance(value, (str, bool, int, float)):
+        return value
+    raise TypeError(f"metric '{name}' is a {type(value).__name__}; a row holds strings, numbers, bools and None")
+
+
+class JsonlSink:
+    """Appends rows to run_dir/metrics.jsonl and vectors to run_dir/weights.jsonl, a complete line at a time.
+
+    The files are strict JSON. A number that is not finite is written as null, and the row then has
+    `not_finite: {name: "nan" | "inf" | "-inf"}`, so that nothing is lost and every reader can read it.
+    Vectors keep six significant digits; a not finite element is null.
+    """
+
+    def __init__(self, run_dir: str | Path):
+        folder = Path(run_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.metrics = _open_for_whole_lines(folder / "metrics.jsonl")
+        self.weights = _open_for_whole_lines(folder / "weights.jsonl")
+
+    def write(self, row: Row) -> None:
+        self.metrics.write(json.dumps(strict_json(row), allow_nan=False) + "\n")
+        self.metrics.flush()
+
+    def write_weights(self, step: int, staleness: int, arrays: Mapping[str, Sequence[float]]) -> None:
+        row: Row = {"step": step, "staleness": staleness}
+        for name, vector in arrays.items():
+            row[name] = [float(f"{value:.6g}") if math.isfinite(value) else None for value in vector]
+        self.weights.write(json.dumps(row, allow_nan=False, separators=(",", ":")) + "\n")
+        self.weights.flush()
+
+    def close(self) -> None:
+        self.metrics.close()
+        self.weights.close()
+
+
+def strict_json(row: Mapping[str, Any]) -> Row:
+    """The row with null for numbers that are not finite (JSON has none), which `not_finite` then names."""
+    not_finite = {
+        name: str(value) for name, value in row.items() if isinstance(value, float) and not math.isfinite(value)
+    }
+    values = {name: None if name in not_finite else value for name, value in row.items()}
+    return {**values, "not_finite": not_finite} if not_finite else values
+
+
+def _open_for_whole_lines(path: Path):
+    """Open for appending; a line that a killed run left half-written is ended first, so that the next stays whole."""
+    file = path.open("a", encoding="utf-8")
+    if file.tell():
+        with path.open("rb") as written:
+            written.seek(-1, os.SEEK_END)
+            if written.read(1) != b"\n":
+                file.write("\n")
+    return file

@@ -1,0 +1,43 @@
+"""Metrics as TensorBoard event files."""
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from tensorboard.compat.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue] - generated when imported
+from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
+from tensorboard.plugins.histogram.summary_v2 import histogram_pb
+from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+from megatron_vespo.observability.sinks import Row
+
+
+class TensorBoardSink:
+    """Event files for `tensorboard --logdir`, by TensorBoard's own writer: torch stays out of the driver.
+
+    A number becomes the scalar `<kind>/<name>` at its step; text is left to metrics.jsonl. Vectors become histograms.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.writer = EventFileWriter(str(folder))
+
+    def write(self, row: Row) -> None:
+        values = [
+            Summary.Value(tag=f"{row['kind']}/{name}", simple_value=float(value))
+            for name, value in row.items()
+            if name not in ("step", "timestamp") and isinstance(value, (bool, int, float))
+        ]
+        self.writer.add_event(Event(wall_time=row["timestamp"], step=row["step"], summary=Summary(value=values)))
+        self.writer.flush()
+
+    def write_weights(self, step: int, staleness: int, arrays: Mapping[str, Sequence[float]]) -> None:
+        for name, vector in arrays.items():
+            finite = [value for value in vector if math.isfinite(value)]
+            if finite:
+                summary = histogram_pb(f"trajectories/{name}", np.asarray(finite))
+                self.writer.add_event(Event(wall_time=time.time(), step=step, summary=summary))
+
+    def close(self) -> None:
+        self.writer.close()

@@ -1,0 +1,114 @@
+"""Where the time went."""
+
+from html import escape
+
+from megatron_vespo.observability.charts import Plot, linear_axis
+from megatron_vespo.observability.report_charts import Figure
+from megatron_vespo.observability.run_folder import Rows, RunFolder, column
+
+MOST_BARS = 60
+PARTS = (("generate", "blue"), ("wait for rewards", "violet"), ("train", "green"), ("sync weights", "orange"))
+
+
+def batch_times(run: RunFolder) -> list[tuple[int, list[float]]]:
+    """(batch, seconds of each of PARTS) in order. A sync belongs to the batch whose last step it follows."""
+    rollouts = {row.get("batch"): row for row in run.kind("rollout")}
+    train: dict[int, float] = {}
+    batch_at_step: dict[int, int] = {}
+    for row in run.kind("step"):
+        if row.get("batch") is not None:
+            train[row["batch"]] = train.get(row["batch"], 0.0) + (row.get("time/train") or 0.0)
+            batch_at_step[row["step"]] = row["batch"]
+    sync: dict[int, float] = {}
+    for row in run.kind("sync"):
+        batch = batch_at_step.get(row["step"])
+        if batch is not None:
+            sync[batch] = sync.get(batch, 0.0) + (row.get("time/sync") or 0.0)
+    times = []
+    for batch in sorted({*(key for key in rollouts if key is not None), *train}):
+        row = rollouts.get(batch, {})
+        parts = [row.get("time/generate") or 0.0, row.get("time/reward_wait") or 0.0]
+        times.append((batch, [*parts, train.get(batch, 0.0), sync.get(batch, 0.0)]))
+    return times
+
+
+def time_per_batch(run: RunFolder) -> Figure | None:
+    times = batch_times(run)
+    if not any(sum(parts) for _, parts in times):
+        return None
+    every = -(-len(times) // MOST_BARS)
+    bars = [times[start : start + every] for start in range(0, len(times), every)]
+    means = [[sum(parts[k] for _, parts in bar) / len(bar) for k in range(len(PARTS))] for bar in bars]
+    lefts = [float(bar[0][0]) for bar in bars]
+    rights = [left + every for left in lefts]
+    y = linear_axis([sum(parts) for parts in means], "seconds a batch", include=[0.0])
+    plot = Plot(linear_axis([*lefts, *rights], "rollout batch", exact=True), y, "time per rollout batch", x_name="")
+    plot.stacked_bars(
+        lefts, rights, [(name, colour, [bar[k] for bar in means]) for k, (name, colour) in enumerate(PARTS)]
+    )
+    caption = "What each rollout batch took, part by part" + (f" (means over {every} batches)." if every > 1 else ".")
+    return Figure("time", "Time per batch", caption + " The tallest colour is what to make faster.", plot.html())
+
+
+def time_total(run: RunFolder) -> Figure | None:
+    """The whole run as one bar and a table; what no row accounts for is shown as such."""
+    totals = [("start up", "grid-strong", _union_seconds(run.kind("phase")))]
+    times = batch_times(run)
+    totals += [(name, colour, sum(parts[k] for _, parts in times)) for k, (name, colour) in enumerate(PARTS)]
+    # The sync before the first batch belongs to no batch.
+    sync = len(PARTS)
+    totals[sync] = (*totals[sync][:2], sum(value or 0.0 for value in column(run.kind("sync"), "time/sync")))
+    evaluate = sum(value or 0.0 for value in column(run.kind("evaluation"), "time/evaluate"))
+    totals.append(("evaluate", "red", evaluate))
+    known, wall = sum(seconds for _, _, seconds in totals), run.summary.get("wall_seconds")
+    if not known:
+        return None
+    if wall and wall > known:
+        totals.append(("everything else", "grid", wall - known))
+    whole = sum(seconds for _, _, seconds in totals)
+    shown = [item for item in totals if item[2] > 0]
+    bar = "".join(
+        f'<i style="flex-grow:{seconds:.3f};background:var(--{colour})" title="{escape(name, quote=True)}: {seconds:.1f} s"></i>'
+        for name, colour, seconds in shown
+    )
+    rows = ""
+    for name, colour, seconds in shown:
+        key = f'<i class="key bar" style="--key:var(--{colour})"></i>'
+        rows += f"<tr><th>{key}{escape(name)}</th>{_seconds_cells(seconds, whole)}</tr>"
+        rows += _part_rows(run, name, whole)
+    body = f'<div class="total-bar">{bar}</div><table class="numbers">{rows}</table>'
+    caption = (
+        "The whole run. Start-up is paid once, so it weighs less in a longer run; its parts run side by side, and parts of "
+        "a line are part of its time."
+    )
+    return Figure("time-total", "Where the time went", caption, body)
+
+
+def _seconds_cells(seconds: float, whole: float) -> str:
+    return f"<td>{seconds:,.1f} s</td><td>{100 * seconds / whole:.1f}%</td>"
+
+
+def _part_rows(run: RunFolder, name: str, whole: float) -> str:
+    """What a line of the table is made of, where rows tell. Parts of the start-up run side by side."""
+    parts: list[tuple[str, float]] = []
+    if name == "start up":
+        parts = [(f"{row.get('phase')}", row.get("time/seconds") or 0.0) for row in run.kind("phase")]
+    elif name == "sync weights":
+        rows = run.kind("sync")
+        keys = sorted({key for row in rows for key in row if key.startswith("time/") and key != "time/sync"})
+        parts = [(key.removeprefix("time/"), sum(value or 0.0 for value in column(rows, key))) for key in keys]
+    return "".join(
+        f'<tr class="part"><th>{escape(part)}</th>{_seconds_cells(seconds, whole)}</tr>'
+        for part, seconds in parts
+        if seconds
+    )
+
+
+def _union_seconds(rows: Rows) -> float:
+    """Seconds in which at least one of these rows was under way; a row ends at its timestamp."""
+    spans = sorted((row["timestamp"] - (row.get("time/seconds") or 0.0), row["timestamp"]) for row in rows)
+    total, reached = 0.0, float("-inf")
+    for start, end in spans:
+        total += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return total

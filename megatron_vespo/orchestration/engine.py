@@ -1,0 +1,57 @@
+"""The engine as the loops see it: one SGLang server in an actor, and a client for it."""
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from megatron_vespo.config import DataConfig, RolloutConfig
+from megatron_vespo.orchestration.cluster import ACTOR_ENVIRONMENT
+from megatron_vespo.orchestration.engine_actor import EngineActor
+from megatron_vespo.orchestration.runtime import Runtime
+from megatron_vespo.orchestration.supervision import from_part
+from megatron_vespo.rollout.client import EngineClient
+
+PART = "engine"
+
+
+class Engine:
+    def __init__(self, runtime: Runtime, settings: dict[str, Any], gpus: int) -> None:
+        """`settings`: arguments of `EngineServer`."""
+        self._supervisor = runtime.supervisor
+        self._settings = settings
+        self._actor = EngineActor.options(  # pyright: ignore[reportAttributeAccessIssue]
+            num_cpus=1, num_gpus=gpus, runtime_env={"env_vars": ACTOR_ENVIRONMENT}
+        ).remote(settings)
+        self._client: EngineClient | None = None
+        runtime.on_stop(PART, self.stop)
+
+    async def start(self) -> EngineClient:
+        """Start the server and return a client of it, once it is healthy."""
+        timeout = self._settings["engine"].startup_timeout_seconds
+        url = await self._supervisor.wait("start the engine", from_part(PART, self._actor.start.remote()), timeout)
+        self._supervisor.watch(PART, self._actor.hold.remote())
+        self._client = EngineClient(url, timeout_seconds=self._settings["engine"].request_timeout_seconds)
+        return self._client
+
+    async def stop(self) -> None:
+        if self._client is not None:
+            await self._client.close()
+        await asyncio.wait_for(self._actor.stop.remote(), timeout=6.0)
+        ray.kill(self._actor)
+
+
+def engine_settings(
+    model_path: str, model_dtype: str, data: DataConfig, rollout: RolloutConfig, seed: int, logs: Path
+) -> dict[str, Any]:
+    """Arguments of `EngineServer` for a run."""
+    return {
+        "model_path": model_path,
+        "model_dtype": model_dtype,
+        "engine": rollout.engine,
+        "deterministic": rollout.deterministic,
+        "seed": seed,
+        "log_path": str(logs / "engine.log"),
+        "max_sequence_tokens": data.max_prompt_tokens + rollout.max_response_tokens,
+    }

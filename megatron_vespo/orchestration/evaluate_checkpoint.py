@@ -1,0 +1,63 @@
+"""`megatron-vespo eval`: accuracy of a checkpoint, on the engine alone."""
+
+import asyncio
+import json
+import tempfile
+from pathlib import Path
+
+from megatron_vespo.checkpoint.check import check_folder
+from megatron_vespo.config import EvaluateConfig
+from megatron_vespo.data.prompts import held_out_prompts
+from megatron_vespo.data.tokenizer import load_tokenizer
+from megatron_vespo.observability.console import RunConsole
+from megatron_vespo.orchestration.cluster import gpus_per_process
+from megatron_vespo.orchestration.engine import Engine, engine_settings
+from megatron_vespo.orchestration.evaluation import accuracy, sample_held_out
+from megatron_vespo.orchestration.interruption import run_interruptible
+from megatron_vespo.orchestration.runtime import Runtime
+from megatron_vespo.orchestration.sampler import Sampler
+from megatron_vespo.orchestration.supervision import all_of
+from megatron_vespo.rewards.pool import RewardPool
+
+
+def run_evaluation(config: EvaluateConfig, checkpoint: Path, output: Path | None) -> None:
+    """Print avg@k, pass@k and response length of `checkpoint`; also write them to `output` as JSON.
+
+    Raises:
+        ConfigError: before anything was started.
+        RunError: the engine failed, or the command was stopped.
+    """
+    architecture = check_folder(checkpoint)
+    tokenizer = load_tokenizer(checkpoint)
+    prompts = held_out_prompts(config.evaluation, config.data, tokenizer)
+
+    async def main() -> dict[str, float]:
+        console.phase("starting the engine")
+        async with Runtime(1, folder) as runtime:
+            settings = engine_settings(
+                str(checkpoint), config.dtype, config.data, config.rollout, seed=0, logs=runtime.logs
+            )
+            engine = Engine(runtime, settings, gpus=gpus_per_process() * config.rollout.engine.tensor_parallel)
+            grader = RewardPool(config.reward, config.data)
+            runtime.on_stop("graders", lambda: asyncio.to_thread(grader.close))
+            client, _ = await all_of(engine.start(), asyncio.to_thread(grader.start))
+            sampler = Sampler(
+                client, grader, tokenizer, architecture.vocab_size, config.rollout, runtime.supervisor, console
+            )
+            console.phase("evaluating")
+            version = await client.weight_version()
+            groups, _ = await sample_held_out(sampler, prompts, config.evaluation, weight_version=version)
+            return accuracy(groups) | sampler.describe(groups)
+
+    with tempfile.TemporaryDirectory(prefix="mv-eval-") as scratch, RunConsole("eval", 1) as console:
+        folder = Path(scratch)
+        figures = run_interruptible(main)
+    k = config.evaluation.samples_per_prompt
+    print(
+        f"{checkpoint}: {len(prompts)} prompts, {k} responses each\n"
+        f"  avg@{k}   {figures['accuracy']:.3f}\n  pass@{k}  {figures['pass_at_k']:.3f}\n"
+        f"  response length {figures['response/length_mean']:.1f} tokens, "
+        f"{figures['response/truncated_share']:.1%} cut off"
+    )
+    if output is not None:
+        output.write_text(json.dumps(figures, indent=2, sort_keys=True) + "\n")

@@ -1,0 +1,62 @@
+"""The trainer as the loops see it: all ranks as one."""
+
+from collections.abc import Callable
+from typing import Any
+
+import ray
+from ray import ObjectRef
+
+from megatron_vespo.config import ObjectiveConfig, SFTConfig, TrainConfig
+from megatron_vespo.orchestration.cluster import ACTOR_ENVIRONMENT
+from megatron_vespo.orchestration.policy_rank import PolicyRank
+from megatron_vespo.orchestration.runtime import Runtime
+from megatron_vespo.orchestration.supervision import all_of, from_part
+from megatron_vespo.policy.batch import TrainingSequence
+from megatron_vespo.policy.packing import pack_step
+from megatron_vespo.policy.result import StepResult, merge
+
+
+class PolicyGroup:
+    def __init__(self, config: TrainConfig | SFTConfig, runtime: Runtime, gpus_per_rank: int) -> None:
+        self._config = config
+        self._supervisor = runtime.supervisor
+        runtime.on_stop("policy", self.stop)
+        self.ranks = [
+            PolicyRank.options(  # pyright: ignore[reportAttributeAccessIssue]
+                num_cpus=1, num_gpus=gpus_per_rank, runtime_env={"env_vars": ACTOR_ENVIRONMENT}
+            ).remote(rank, config.model, config.policy, config.optimizer)
+            for rank in range(config.policy.ranks)
+        ]
+        for rank, actor in enumerate(self.ranks):
+            runtime.supervisor.watch(f"policy rank {rank}", actor.hold.remote())
+
+    async def build(self, total_steps: int, seed: int, temperature: float) -> None:
+        port = await self.on_first("find a port", lambda actor: actor.free_port.remote())
+        await self.on_all("start policy", lambda actor, _: actor.build.remote(port, total_steps, seed, temperature))
+
+    async def train_step(self, sequences: list[TrainingSequence], objective: ObjectiveConfig | None) -> StepResult:
+        """One optimizer step on `sequences`, whose keys are 0 .. n - 1; merged over ranks.
+
+        `objective` None is supervised training.
+        """
+        policy = self._config.policy
+        shares = pack_step(sequences, policy.data_parallel_size, policy.micro_batch_tokens)
+        results = await self.on_all(
+            "train a step", lambda actor, rank: actor.train_step.remote(shares[rank], objective)
+        )
+        return merge(results)
+
+    async def on_all(self, what: str, call: Callable[[Any, int], ObjectRef]) -> list:
+        """`call(actor, rank)` on every rank; all answers in their order, within `policy.step_timeout_seconds`."""
+        calls = [from_part(f"policy rank {rank}", call(actor, rank)) for rank, actor in enumerate(self.ranks)]
+        return await self._supervisor.wait(what, all_of(*calls), self._config.policy.step_timeout_seconds)
+
+    async def on_first(self, what: str, call: Callable[[Any], ObjectRef]) -> Any:
+        """`call(actor)` on rank 0 alone."""
+        answer = from_part("policy rank 0", call(self.ranks[0]))
+        return await self._supervisor.wait(what, answer, self._config.policy.step_timeout_seconds)
+
+    async def stop(self) -> None:
+        """Ranks hold nothing that outlives them, so they are simply ended."""
+        for actor in self.ranks:
+            ray.kill(actor)

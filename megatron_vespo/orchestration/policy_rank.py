@@ -1,0 +1,114 @@
+"""One trainer process as a Ray actor."""
+
+import socket
+import threading
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from megatron_vespo.config import ModelConfig, ObjectiveConfig, OptimizerConfig, PolicyConfig
+from megatron_vespo.orchestration.cluster import LOOPBACK
+from megatron_vespo.policy.batch import MicroBatch
+from megatron_vespo.policy.result import StepResult
+from megatron_vespo.weights.buckets import Bucket, TensorSpec
+
+WEIGHT_GROUP = "megatron_vespo_weights"
+
+
+@ray.remote(max_restarts=0, concurrency_groups={"sentinel": 1})
+class PolicyRank:
+    """Rank `rank` of `policy.ranks`. Methods that talk to other ranks must be called on all of them."""
+
+    def __init__(self, rank: int, model: ModelConfig, policy: PolicyConfig, optimizer: OptimizerConfig) -> None:
+        self._rank = rank
+        self._model_config = model
+        self._policy_config = policy
+        self._optimizer_config = optimizer
+        self._sender: Any = None
+
+    def free_port(self) -> int:
+        with socket.create_server((LOOPBACK, 0)) as listener:
+            return listener.getsockname()[1]
+
+    def build(self, port: int, total_steps: int, seed: int, temperature: float) -> None:
+        """Join the other ranks, build the model and load its weights."""
+        from megatron_vespo.checkpoint.hf_config import read_architecture
+        from megatron_vespo.checkpoint.load import load_hf_weights
+        from megatron_vespo.policy.policy import MegatronPolicy
+
+        folder = Path(self._model_config.path)
+        self._architecture = read_architecture(folder)
+        self._policy = MegatronPolicy(
+            architecture=self._architecture,
+            model=self._model_config,
+            policy=self._policy_config,
+            optimizer=self._optimizer_config,
+            total_steps=total_steps,
+            seed=seed,
+            rank=self._rank,
+            world_size=self._policy_config.ranks,
+            master_address=LOOPBACK,
+            master_port=port,
+            temperature=temperature,
+        )
+        if self._model_config.initialization == "pretrained":
+            load_hf_weights(self._policy.model, self._architecture, folder)
+            self._policy.weights_were_loaded()
+
+    def train_step(self, micro_batches: list[MicroBatch], objective: ObjectiveConfig | None) -> StepResult:
+        """One optimizer step; `objective` None is supervised training."""
+        from megatron_vespo.orchestration.step_losses import loss_function
+
+        return self._policy.train_step(micro_batches, loss_function(objective))
+
+    def _tensors(self):
+        from megatron_vespo.checkpoint.gather import gather_hf_tensors
+
+        return gather_hf_tensors(self._policy.model, self._architecture)
+
+    def tensor_specs(self) -> list[TensorSpec]:
+        from megatron_vespo.weights.buckets import specs_of
+
+        return specs_of(self._tensors())
+
+    def listen_for_engines(self) -> int:
+        """Rank 0 only. Returns the port that engines are told."""
+        from megatron_vespo.weights.collective import CollectiveSender
+
+        self._sender = CollectiveSender(LOOPBACK, WEIGHT_GROUP)
+        return self._sender.port
+
+    def connect_engines(self, world_size: int, backend: str, timeout_seconds: float) -> None:
+        self._sender.connect(world_size=world_size, backend=backend, timeout_seconds=timeout_seconds)
+
+    def send_weights(self, buckets: list[Bucket]) -> None:
+        """All ranks gather; rank 0 broadcasts."""
+        if self._rank == 0:
+            self._sender.send(buckets, self._tensors())
+        else:
+            for _ in self._tensors():
+                pass
+
+    def engine_checksums(self, dtype: str) -> dict[str, str]:
+        """What each tensor of an engine must hash to; empty on ranks other than 0."""
+        from megatron_vespo.rollout.fused_checksums import expected_checksums
+
+        if self._rank == 0:
+            return expected_checksums(self._tensors(), dtype=dtype)
+        for _ in self._tensors():
+            pass
+        return {}
+
+    def export(self, folder: str, overwrite: bool) -> None:
+        """Write a Hugging Face folder; tokenizer and config come from the model that was loaded."""
+        from megatron_vespo.checkpoint.export import export_hf_folder
+
+        export_hf_folder(
+            self._policy.model, self._architecture, source=self._model_config.path, target=folder, overwrite=overwrite
+        )
+
+    @ray.method(concurrency_group="sentinel")
+    def hold(self) -> None:
+        """Never returns: its failure tells that this process died."""
+        threading.Event().wait()

@@ -1,0 +1,43 @@
+"""One rollout batch: prompts are sampled on the engine, graded, and given advantages."""
+
+from megatron_vespo.orchestration.mini_batches import assign_advantages, settle_truncated
+from megatron_vespo.orchestration.session import Session
+from megatron_vespo.rollout.generate import generate_groups
+from megatron_vespo.rollout.trajectory import Group
+
+
+async def collect_rollouts(session: Session, batch: int, weight_version: int) -> list[Group]:
+    """Groups of rollout batch `batch`, sampled under `weight_version`, in the order of their prompts."""
+    config, sampler = session.config, session.sampler
+    prompts = session.prompts.take(config.algorithm.rollout_batch_prompts)
+    session.console.phase("generating")
+    stream = generate_groups(
+        sampler.client,
+        prompts,
+        config.rollout,
+        stop_token_ids=sampler.tokenizer.stop_token_ids,
+        vocab_size=sampler.vocab_size,
+        run_seed=config.seed,
+        batch_index=batch,
+        weight_version=weight_version,
+    )
+    groups, seconds, grading_seconds = await sampler.collect(stream, prompts)
+    settle_truncated(groups, config.rollout)
+    assign_advantages(groups, config.algorithm.advantage)
+
+    figures = sampler.describe(groups)
+    session.tally.generated_tokens += int(figures["response/tokens"])
+    session.record(
+        "rollout",
+        weight_version,
+        {
+            "batch": batch,
+            "weight_version": weight_version,
+            **figures,
+            "prompt/dropped_overlong": session.prompts.dropped_overlong,
+            "time/generate": seconds,
+            "time/reward_wait": grading_seconds,
+            "speed/generated_tokens_per_second": figures["response/tokens"] / seconds,
+        },
+    )
+    return groups

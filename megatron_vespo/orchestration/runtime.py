@@ -1,0 +1,66 @@
+"""Ray and the parts of a run that live on it; whatever ends the run, all of them are stopped."""
+
+import asyncio
+import time
+import traceback
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Self
+
+from megatron_vespo.errors import RunError
+from megatron_vespo.orchestration.cluster import LocalCluster
+from megatron_vespo.orchestration.supervision import Supervisor
+
+STOP_SECONDS = 8.0
+"""For all parts together; Ray then ends what is left. The whole stop stays under 15 s."""
+
+
+class Runtime:
+    """An async context manager. Parts register how they are stopped as soon as they exist."""
+
+    def __init__(self, processes: int, folder: Path) -> None:
+        """`processes`: Ray actors of the run. `folder`: gets logs/ and, on a failure, error.txt."""
+        self.supervisor = Supervisor()
+        self._cluster = LocalCluster(processes)
+        self._folder = folder
+        self._stops: list[tuple[str, Callable[[], Awaitable[None]]]] = []
+
+    @property
+    def logs(self) -> Path:
+        return self._folder / "logs"
+
+    async def __aenter__(self) -> Self:
+        try:
+            self._cluster.start()
+        except BaseException:
+            self._cluster.stop()
+            raise
+        return self
+
+    def on_stop(self, part: str, stop: Callable[[], Awaitable[None]]) -> None:
+        self._stops.append((part, stop))
+
+    async def __aexit__(self, kind, error: BaseException | None, trace) -> None:
+        if error is not None:
+            self._write_error(error)
+        self.supervisor.forget()
+        deadline = time.monotonic() + STOP_SECONDS
+        stopping = [self._stop_part(part, stop, deadline) for part, stop in reversed(self._stops)]
+        await asyncio.gather(*stopping)
+        self._cluster.stop(keep_logs_in=self.logs / "ray" if error is not None else None)
+
+    async def _stop_part(self, part: str, stop: Callable[[], Awaitable[None]], deadline: float) -> None:
+        try:
+            await asyncio.wait_for(stop(), deadline - time.monotonic())
+        except Exception as error:
+            # The parts that are left must still be stopped, so this is written down, not raised.
+            self._append(f"while stopping {part}: {type(error).__name__}: {error}\n")
+
+    def _write_error(self, error: BaseException) -> None:
+        details = error.details if isinstance(error, RunError) else ""
+        self._append("".join(traceback.format_exception(error)) + details + "\n")
+
+    def _append(self, text: str) -> None:
+        self.logs.mkdir(parents=True, exist_ok=True)
+        with (self._folder / "error.txt").open("a") as file:
+            file.write(text)

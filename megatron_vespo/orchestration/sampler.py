@@ -1,0 +1,81 @@
+"""Responses from the engine, decoded and graded: what training batches and evaluations have in common."""
+
+import asyncio
+import time
+from collections import Counter
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from megatron_vespo.config import RolloutConfig
+from megatron_vespo.data.tokenizer import ChatTokenizer
+from megatron_vespo.observability.console import RunConsole
+from megatron_vespo.orchestration.supervision import Supervisor
+from megatron_vespo.rewards.pool import OUTCOMES, RewardPool
+from megatron_vespo.rollout.client import EngineClient
+from megatron_vespo.rollout.trajectory import Group, Prompt
+
+
+@dataclass
+class Sampler:
+    client: EngineClient
+    grader: RewardPool
+    tokenizer: ChatTokenizer
+    vocab_size: int
+    rollout: RolloutConfig
+    supervisor: Supervisor
+    console: RunConsole
+
+    async def collect(self, stream: AsyncIterator[Group], prompts: list[Prompt]) -> tuple[list[Group], float, float]:
+        """Grade each group of `stream` while others are still sampled.
+
+        Returns:
+            The groups in the order of `prompts` (never of completion, so that a run can be repeated), the seconds
+            until the last was sampled, and the seconds that grading took beyond that.
+        """
+        groups: dict[str, Group] = {}
+        grading: list[asyncio.Task] = []
+        started = time.monotonic()
+
+        async def receive() -> None:
+            tokens = 0
+            async for group in stream:
+                for trajectory in group.trajectories:
+                    trajectory.text = self.tokenizer.decode_response(trajectory.response_ids)
+                    tokens += len(trajectory.response_ids)
+                groups[group.prompt.identity] = group
+                grading.append(asyncio.create_task(self.grader.grade(group.trajectories)))
+                self.console.progress(len(groups), len(prompts), "groups", f"{tokens:,} tokens")
+
+        timeout = self.rollout.engine.request_timeout_seconds
+        try:
+            await self.supervisor.wait("generate responses", receive(), timeout)
+            sampled = time.monotonic()
+            await self.supervisor.wait("grade responses", asyncio.gather(*grading), timeout)
+        finally:
+            for task in grading:
+                task.cancel()
+        ordered = [groups[prompt.identity] for prompt in prompts]
+        return ordered, sampled - started, time.monotonic() - sampled
+
+    def describe(self, groups: list[Group]) -> dict[str, float]:
+        """Figures of rewards and responses."""
+        trajectories = [t for group in groups for t in group.trajectories]
+        rewards = np.array([t.reward for t in trajectories])
+        lengths = np.array([len(t.response_ids) for t in trajectories])
+        outcomes = Counter(t.outcome for t in trajectories)
+        without_variance = [np.ptp([t.reward for t in group.trajectories]) == 0 for group in groups]
+        return {
+            "reward/mean": float(rewards.mean()),
+            "reward/std": float(rewards.std()),
+            "reward/groups_without_variance": float(np.mean(without_variance)),
+            **{f"reward/outcome/{kind}": outcomes[kind] for kind in OUTCOMES},
+            "response/length_mean": float(lengths.mean()),
+            "response/length_p10": float(np.quantile(lengths, 0.1)),
+            "response/length_p90": float(np.quantile(lengths, 0.9)),
+            "response/length_max": int(lengths.max()),
+            "response/truncated_share": float(np.mean([t.truncated for t in trajectories])),
+            "response/tokens": int(lengths.sum()),
+            "response/ids_beyond_tokenizer": sum(self.tokenizer.ids_beyond(t.response_ids) for t in trajectories),
+        }

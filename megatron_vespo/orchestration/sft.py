@@ -1,0 +1,88 @@
+"""Supervised training on demonstrations: the same policy, with cross-entropy in place of the objective."""
+
+import time
+from collections.abc import Iterator
+
+import numpy as np
+
+from megatron_vespo.config import SFTConfig
+from megatron_vespo.data.demonstrations import load_demonstrations
+from megatron_vespo.data.tokenizer import load_tokenizer
+from megatron_vespo.observability.console import RunConsole
+from megatron_vespo.observability.sinks import JsonlSink, Metrics
+from megatron_vespo.orchestration.cluster import gpus_per_process
+from megatron_vespo.orchestration.interruption import run_interruptible
+from megatron_vespo.orchestration.policy_group import PolicyGroup
+from megatron_vespo.orchestration.preflight import check_model
+from megatron_vespo.orchestration.run_folder import create_run_folder
+from megatron_vespo.orchestration.runtime import Runtime
+from megatron_vespo.policy.batch import TrainingSequence
+
+
+def run_sft(config: SFTConfig) -> None:
+    """`megatron-vespo sft`. Writes run_dir/checkpoint and run_dir/metrics.jsonl.
+
+    Raises:
+        ConfigError: before anything was started.
+        RunError: the run failed or was stopped.
+    """
+    _, checkpoint_bytes = check_model(config.model, config.policy)
+    tokenizer = load_tokenizer(config.model.path)
+    demonstrations = load_demonstrations(config.demonstrations, tokenizer)
+    folder = create_run_folder(config, config.run_dir, config.overwrite, checkpoint_bytes)
+
+    async def main() -> None:
+        console.phase("starting the trainer")
+        async with Runtime(config.policy.ranks, folder) as runtime:
+            policy = PolicyGroup(config, runtime, gpus_per_process())
+            await policy.build(config.steps, config.seed, temperature=1.0)
+            await supervise(config, policy, demonstrations, metrics, console)
+            console.phase("exporting the checkpoint")
+            target = str(folder / "checkpoint")
+            await policy.on_all("export the checkpoint", lambda actor, _: actor.export.remote(target, overwrite=False))
+
+    with (
+        Metrics([JsonlSink(folder)]) as metrics,
+        RunConsole(folder.name, config.steps, mode=config.observability.console) as console,
+    ):
+        run_interruptible(main)
+    print(f"checkpoint   {folder / 'checkpoint'}")
+
+
+async def supervise(
+    config: SFTConfig,
+    policy: PolicyGroup,
+    demonstrations: list[TrainingSequence],
+    metrics: Metrics,
+    console: RunConsole,
+) -> None:
+    """`config.steps` optimizer steps; every demonstration is seen once before any is seen again."""
+    console.phase("training")
+    for step, batch in zip(
+        range(1, config.steps + 1), batches(demonstrations, config.demonstrations.batch_size, config.seed), strict=False
+    ):
+        started = time.monotonic()
+        report = await policy.train_step(batch, objective=None)
+        tokens = sum(len(sequence.token_ids) - 1 for sequence in batch)
+        row = {
+            "loss": report.loss,
+            "grad_norm": report.gradient_norm,
+            "learning_rate": report.learning_rate,
+            "tokens/trained": tokens,
+            "time/train": time.monotonic() - started,
+            "speed/trained_tokens_per_second": tokens / (time.monotonic() - started),
+        }
+        console.progress(step, config.steps, "steps", f"loss {report.loss:.3f}")
+        console.update(metrics.write("step", step, row))
+
+
+def batches(demonstrations: list[TrainingSequence], size: int, seed: int) -> Iterator[list[TrainingSequence]]:
+    """Endless. A new order for each pass over the demonstrations; a pass's last, smaller batch goes on into the next."""
+    queue: list[int] = []
+    epoch = 0
+    while True:
+        while len(queue) < size:
+            queue += np.random.default_rng((seed, epoch)).permutation(len(demonstrations)).tolist()
+            epoch += 1
+        chosen, queue = queue[:size], queue[size:]
+        yield [demonstrations[index].with_key(key) for key, index in enumerate(chosen)]

@@ -1,0 +1,110 @@
+"""Every wait has a name and a deadline, and ends at once when a part of the run dies. Failures have a first cause."""
+
+import asyncio
+from collections.abc import Awaitable
+from typing import Any, TypeVar
+
+from ray import ObjectRef
+from ray.exceptions import ActorDiedError, RayTaskError
+
+from megatron_vespo.errors import RunError
+
+T = TypeVar("T")
+
+SETTLING_SECONDS = 2.0
+"""How long after a first error the parts are watched, so that a death is named rather than what it caused."""
+
+
+class RunFailed(RunError):
+    """A part of the run failed. The message is the first cause, in one line or a few."""
+
+    def __init__(self, part: str, cause: str, details: str = "") -> None:
+        super().__init__(f"{part}: {cause}")
+        self.details = details
+        """Stack traces, for the log."""
+
+
+class Supervisor:
+    """Watches the parts of a run while others are waited for."""
+
+    def __init__(self) -> None:
+        self._sentinels: dict[str, asyncio.Future] = {}
+
+    def watch(self, part: str, sentinel: ObjectRef) -> None:
+        """`sentinel`: a call into that part that returns only when the part fails."""
+        self._sentinels[part] = asyncio.ensure_future(_resolve(sentinel))
+
+    def forget(self) -> None:
+        """Stop watching: the parts are about to be stopped on purpose."""
+        for sentinel in self._sentinels.values():
+            sentinel.cancel()
+        self._sentinels.clear()
+
+    async def wait(self, what: str, work: Awaitable[T], seconds: float) -> T:
+        """The result of `work`.
+
+        Raises:
+            RunFailed: a watched part died, `work` raised, or `seconds` passed; with the first cause.
+        """
+        task = asyncio.ensure_future(work)
+        try:
+            done, _ = await asyncio.wait(
+                {task, *self._sentinels.values()}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED
+            )
+            if task in done and task.exception() is None:
+                return task.result()
+            if not done:
+                raise RunFailed(what, f"not finished after {seconds:.0f} s")
+            await self._settle()
+            if (failure := self._dead_part()) is not None:
+                raise failure
+            raise _named(what, task.exception())
+        finally:
+            if not task.done():
+                task.cancel()
+
+    async def _settle(self) -> None:
+        if self._sentinels and self._dead_part() is None:
+            await asyncio.wait(self._sentinels.values(), timeout=SETTLING_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+
+    def _dead_part(self) -> RunFailed | None:
+        for part, sentinel in self._sentinels.items():
+            if sentinel.done() and not sentinel.cancelled():
+                return _named(part, sentinel.exception() or RuntimeError("ended by itself"))
+        return None
+
+
+async def _resolve(ref: ObjectRef) -> Any:
+    return await ref
+
+
+async def from_part(part: str, ref: ObjectRef) -> Any:
+    """Await a Ray call; an error carries the name of the part that raised it."""
+    try:
+        return await ref
+    except (RayTaskError, ActorDiedError) as error:
+        raise _named(part, error) from None
+
+
+async def all_of(*work: Awaitable[T]) -> list[T]:
+    """Like asyncio.gather, but the first error cancels the rest."""
+    tasks = [asyncio.ensure_future(w) for w in work]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+
+
+def _named(part: str, error: BaseException | None) -> RunFailed:
+    if isinstance(error, RunFailed):
+        return error
+    if isinstance(error, RayTaskError):
+        return RunFailed(part, _one_line(error.cause), details=str(error))
+    if isinstance(error, ActorDiedError):
+        return RunFailed(part, "its process died (killed, out of memory, or crashed)", details=str(error))
+    return RunFailed(part, _one_line(error))
+
+
+def _one_line(error: BaseException | None) -> str:
+    return f"{type(error).__name__}: {error}" if error is not None else "unknown error"

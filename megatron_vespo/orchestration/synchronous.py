@@ -1,0 +1,92 @@
+"""The synchronous loop: sample a batch, train N steps on it, bring the weights to the engine; again."""
+
+import time
+
+import numpy as np
+
+from megatron_vespo.config import TrainConfig
+from megatron_vespo.objective.diagnostics import difference_diagnostics, weight_diagnostics
+from megatron_vespo.orchestration.evaluation import evaluate
+from megatron_vespo.orchestration.mini_batches import mini_batches, training_sequences
+from megatron_vespo.orchestration.rollouts import collect_rollouts
+from megatron_vespo.orchestration.session import Session
+from megatron_vespo.orchestration.training_run import run_training_loop
+from megatron_vespo.rollout.trajectory import Trajectory
+
+
+def run_training(config: TrainConfig) -> None:
+    """`megatron-vespo train`: everything from the checks to the report."""
+    run_training_loop(config, train)
+
+
+async def train(session: Session) -> None:
+    algorithm = session.config.algorithm
+    await sync_weights(session, step=0)
+    await evaluate(session, "before", step=0)
+
+    for batch in range(algorithm.steps // algorithm.staleness):
+        step = batch * algorithm.staleness
+        groups = await collect_rollouts(session, batch, weight_version=step)
+        for mini_batch, trajectories in enumerate(mini_batches(groups, algorithm.prompts_per_step)):
+            await train_step(session, trajectories, batch, mini_batch)
+        await sync_weights(session, step + algorithm.staleness)
+        if session.evaluation_due(batch):
+            await evaluate(session, "during", step + algorithm.staleness)
+
+    await evaluate(session, "after", algorithm.steps)
+    await session.export_checkpoint()
+
+
+async def train_step(session: Session, trajectories: list[Trajectory], batch: int, mini_batch: int) -> None:
+    """One optimizer step. Before it the trainer is `mini_batch` steps ahead of the weights that sampled."""
+    algorithm = session.config.algorithm
+    session.console.phase("training")
+    session.console.progress(mini_batch, algorithm.staleness, "steps", f"batch {batch + 1}")
+    started = time.monotonic()
+    report = await session.policy.train_step(training_sequences(trajectories), algorithm.objective)
+    seconds = time.monotonic() - started
+
+    step = batch * algorithm.staleness + mini_batch + 1
+    trained = sum(len(t.prompt.token_ids) + len(t.response_ids) - 1 for t in trajectories)
+    log_weight, phi = (report.sequences[name].double().numpy() for name in ("log_weight", "phi"))
+    advantages = np.array([t.advantage for t in trajectories])
+    # The engine holds exactly the trainer's weights only at the first mini-batch: what differs there is the engines.
+    difference = "mismatch" if mini_batch == 0 else "drift"
+    session.tally.add_step(trained, report.sums if mini_batch == 0 else None)
+    session.record(
+        "step",
+        step,
+        {
+            "batch": batch,
+            "mini_batch": mini_batch,
+            "staleness": mini_batch,
+            "loss": report.loss,
+            "grad_norm": report.gradient_norm,
+            "learning_rate": report.learning_rate,
+            **weight_diagnostics(log_weight, phi, advantages),
+            **difference_diagnostics(report.sums, difference),
+            "tokens/trained": trained,
+            "time/train": seconds,
+            "speed/trained_tokens_per_second": trained / seconds,
+        },
+    )
+    session.metrics.write_weights(step, mini_batch, {"log_weight": log_weight, "phi": phi, "advantage": advantages})
+
+
+async def sync_weights(session: Session, step: int) -> None:
+    """Bring the weights after `step` optimizer steps to the engine, as weight version `step`."""
+    session.console.phase("syncing weights")
+    report = await session.weights.sync(weight_version=step)
+    session.record(
+        "sync",
+        step,
+        {
+            "weight_version": report.weight_version,
+            "bytes": report.bytes,
+            "buckets": report.buckets,
+            "verified": report.verified,
+            "mismatches": session.weights.mismatches,
+            "time/sync": sum(report.seconds.values()),
+            **{f"time/{name}": seconds for name, seconds in report.seconds.items()},
+        },
+    )

@@ -1,0 +1,89 @@
+"""A training run from the checks to the report, around whatever loop trains."""
+
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+from megatron_vespo.config import TrainConfig
+from megatron_vespo.errors import RunError
+from megatron_vespo.observability.console import RunConsole
+from megatron_vespo.observability.report import write_report
+from megatron_vespo.observability.sinks import JsonlSink, Metrics, MetricSink
+from megatron_vespo.observability.summary import write_summary
+from megatron_vespo.observability.tensorboard_sink import TensorBoardSink
+from megatron_vespo.orchestration.interruption import run_interruptible
+from megatron_vespo.orchestration.preflight import prepare_training
+from megatron_vespo.orchestration.run_folder import create_run_folder
+from megatron_vespo.orchestration.runtime import Runtime
+from megatron_vespo.orchestration.session import Session, start_session
+
+Loop = Callable[[Session], Awaitable[None]]
+
+
+def run_training_loop(config: TrainConfig, loop: Loop) -> None:
+    """Check, start, run `loop`, stop; write summary.json and report.html also when it fails.
+
+    Raises:
+        ConfigError: before anything was started.
+        RunError: the run failed or was stopped; everything of it is gone but its folder.
+    """
+    started = time.monotonic()
+    prepared = prepare_training(config)
+    folder = create_run_folder(config, config.run_dir, config.overwrite, prepared.checkpoint_bytes)
+    sessions: list[Session] = []
+
+    async def main() -> None:
+        async with Runtime(config.policy.ranks + 1, folder) as runtime:
+            session = await start_session(runtime, config, prepared, folder, metrics, console)
+            sessions.append(session)
+            await loop(session)
+
+    def write_outputs(status: str) -> Path:
+        if sessions:
+            write_summary(folder, summary(sessions[0], status, time.monotonic() - started))
+        return write_report(folder)
+
+    with Metrics(_sinks(config, folder)) as metrics:
+        try:
+            with RunConsole(
+                folder.name, config.algorithm.steps, config.algorithm.staleness, config.observability.console
+            ) as console:
+                console.phase("starting Ray")
+                run_interruptible(main)
+        except RunError as error:
+            print(f"\nwhat there is of the run: {write_outputs(f'failed: {error}')}")
+            raise
+    _say_what_next(folder, write_outputs("finished"))
+
+
+def _sinks(config: TrainConfig, folder: Path) -> list[MetricSink]:
+    sinks: list[MetricSink] = [JsonlSink(folder)]
+    if config.observability.tensorboard:
+        sinks.append(TensorBoardSink(folder / "tensorboard"))
+    return sinks
+
+
+def summary(session: Session, status: str, wall_seconds: float) -> dict:
+    tally = session.tally
+    return {
+        "status": status,
+        "eval_accuracy_before": tally.accuracy.get("before"),
+        "eval_accuracy_after": tally.accuracy.get("after"),
+        "steps": tally.steps,
+        "staleness": session.config.algorithm.staleness,
+        "generated_tokens": tally.generated_tokens,
+        "trained_tokens": tally.trained_tokens,
+        "wall_seconds": round(wall_seconds, 1),
+        "weight_syncs": session.weights.syncs,
+        "weight_sync_mismatches": session.weights.mismatches,
+        "mean_abs_logprob_diff": tally.mean_abs_logprob_diff,
+    }
+
+
+def _say_what_next(folder: Path, report: Path) -> None:
+    print(
+        f"\nreport       {report}\nsummary      {folder / 'summary.json'}\ncheckpoint   {folder / 'checkpoint'}\n"
+        f"metrics      {folder / 'metrics.jsonl'}, tensorboard --logdir {folder / 'tensorboard'}\n\n"
+        f"Next: open the report; change a setting on the command line, e.g.\n"
+        f"  megatron-vespo train examples/quickstart.yaml algorithm.staleness=8 run_dir=runs/staleness_8"
+    )

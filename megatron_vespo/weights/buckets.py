@@ -1,0 +1,80 @@
+"""How the model's tensors are put into buckets for the way to the engines."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import groupby
+
+import torch
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Name (Hugging Face), shape and dtype (torch's name, e.g. "float32") of one tensor."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def num_bytes(self) -> int:
+        return torch.Size(self.shape).numel() * getattr(torch, self.dtype).itemsize
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Tensors that travel as one flat run of bytes, in this order."""
+
+    specs: tuple[TensorSpec, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(spec.num_bytes for spec in self.specs)
+
+
+def plan_buckets(specs: Iterable[TensorSpec], bucket_bytes: int) -> list[Bucket]:
+    """Consecutive tensors of one dtype (so that none is unaligned), cut where `bucket_bytes` would be passed.
+
+    A tensor larger than `bucket_bytes` gets a bucket of its own. The order of the tensors is kept.
+    """
+    buckets: list[Bucket] = []
+    for _, run in groupby(specs, key=lambda spec: spec.dtype):
+        filling: list[TensorSpec] = []
+        filled = 0
+        for spec in run:
+            if filling and filled + spec.num_bytes > bucket_bytes:
+                buckets.append(Bucket(tuple(filling)))
+                filling, filled = [], 0
+            filling.append(spec)
+            filled += spec.num_bytes
+        buckets.append(Bucket(tuple(filling)))
+    return buckets
+
+
+def fill_buckets(
+    buckets: list[Bucket], tensors: Iterable[tuple[str, torch.Tensor]]
+) -> Iterator[tuple[Bucket, torch.Tensor]]:
+    """Flatten `tensors` bucket by bucket as they come: yields each bucket with its bytes, [num_bytes] uint8.
+
+    Raises:
+        ValueError: the tensors are not those of the plan, in its order.
+    """
+    stream = iter(tensors)
+    for bucket in buckets:
+        parts = []
+        for spec in bucket.specs:
+            name, tensor = next(stream, (None, None))
+            found = tensor is not None and TensorSpec(name, tuple(tensor.shape), dtype_name(tensor.dtype))
+            if tensor is None or found != spec:
+                raise ValueError(f"weight sync planned {spec}, the trainer holds {found or 'no further tensor'}")
+            parts.append(tensor.detach().contiguous().flatten().view(torch.uint8))
+        yield bucket, torch.cat(parts)
+    if (extra := next(stream, None)) is not None:
+        raise ValueError(f"weight sync has no bucket for {extra[0]}")
+
+
+def specs_of(tensors: Iterable[tuple[str, torch.Tensor]]) -> list[TensorSpec]:
+    return [TensorSpec(name, tuple(tensor.shape), dtype_name(tensor.dtype)) for name, tensor in tensors]
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,103 @@
+"""The rows of a small run, with all metrics of docs/metrics.md."""
+
+import math
+
+STALENESS, BATCHES = 4, 3
+HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)> & <b>bold</b>"
+
+CONFIG = {
+    "seed": 1,
+    "run_dir": "runs/small",
+    "model": {"path": "base<i>"},
+    "data": {"sources": [{"type": "reasoning_gym", "task": "chain_sum", "settings": {"min_terms": 5}}]},
+    "algorithm": {
+        "steps": STALENESS * BATCHES,
+        "staleness": STALENESS,
+        "prompts_per_step": 2,
+        "objective": {"kernel": "vespo", "positive": {"c1": 2.0, "c2": 3.0}, "negative": {"c1": 3.0, "c2": 2.0}},
+    },
+}
+
+
+def rollout_row(batch: int) -> dict:
+    outcomes = {"graded": 16, "exception": 0, "timeout": 0, "crash": 0, "not_finite": 0}
+    length = {"mean": 8.0 + 5 * batch, "p10": 5.0, "p90": 12.0 + 6 * batch, "max": 40.0, "truncated_share": 0.01}
+    return {
+        "batch": batch,
+        "weight_version": batch * STALENESS,
+        "reward/mean": 0.3 + 0.2 * batch,
+        "reward/std": 0.4,
+        "reward/groups_without_variance": 0.1 * batch,
+        **{f"reward/outcome/{name}": count for name, count in outcomes.items()},
+        **{f"response/{'length_' if name != 'truncated_share' else ''}{name}": value for name, value in length.items()},
+        "response/tokens": 128,
+        "response/ids_beyond_tokenizer": 0,
+        "prompt/dropped_overlong": 0,
+        "time/generate": 2.0,
+        "time/reward_wait": 0.5,
+        "speed/generated_tokens_per_second": 64.0,
+    }
+
+
+def step_row(batch: int, age: int) -> dict:
+    quantiles = dict(zip(("min", "p01", "p10", "p25", "p50", "p75", "p90", "p99", "max"), range(-4, 5), strict=True))
+    difference = {"mean_abs": 1e-6 if age == 0 else 0.01 * age, "k1": 1e-7, "k3": 1e-12, "share_above_ln2": 0.0}
+    return {
+        "batch": batch,
+        "mini_batch": age,
+        "staleness": age,
+        "loss": -0.01,
+        "grad_norm": 0.5,
+        "learning_rate": 2e-4,
+        "advantage/mean_abs": 0.8,
+        "log_weight/mean": 0.0,
+        "log_weight/std": 0.3 * age,
+        **{f"log_weight/{name}": 0.1 * age * value for name, value in quantiles.items()},
+        **{f"phi/{name}": value for name, value in {"mean": 0.9, "min": 0.1, "p10": 0.5, "p50": 1.0}.items()},
+        "phi/p90": 1.1,
+        "phi/max": 1.2,
+        "phi/share_below_0.01": 0.0,
+        "ess": 1.0 - 0.2 * age,
+        **{f"{'mismatch' if age == 0 else 'drift'}/{name}": value for name, value in difference.items()},
+        "entropy/behavior": 0.5,
+        "tokens/trained": 32,
+        "time/train": 1.0,
+        "speed/trained_tokens_per_second": 32.0,
+    }
+
+
+def sync_row(step: int) -> dict:
+    times = {"sync": 0.4, "gather": 0.1, "send": 0.1, "flush": 0.1, "verify": 0.1}
+    row = {"weight_version": step, "bytes": 1_000_000, "buckets": 1, "verified": True, "mismatches": 0}
+    return {**row, **{f"time/{name}": seconds for name, seconds in times.items()}}
+
+
+def evaluation_row(when: str, accuracy: float) -> dict:
+    row = {"when": when, "accuracy": accuracy, "pass_at_k": accuracy, "k": 1, "prompts": 64}
+    return {**row, "response/length_mean": 9.0, "time/evaluate": 3.0}
+
+
+def run_rows(batches: int = BATCHES):
+    """(kind, step, values) in the order of a run."""
+    yield "phase", 0, {"phase": "start engine", "time/seconds": 1.5}
+    yield "sync", 0, sync_row(0)
+    yield "evaluation", 0, evaluation_row("before", 0.25)
+    for batch in range(batches):
+        yield "rollout", batch * STALENESS, rollout_row(batch)
+        for age in range(STALENESS):
+            yield "step", batch * STALENESS + age + 1, step_row(batch, age)
+        yield "sync", (batch + 1) * STALENESS, sync_row((batch + 1) * STALENESS)
+
+
+def weights(step: int) -> dict:
+    log_weight = [0.05 * (step % STALENESS) * (index - 8) for index in range(16)]
+    advantage = [1.0 if index % 2 else -1.0 for index in range(16)]
+    phi = [
+        math.exp(2 * x + 3 * (1 - math.exp(x))) if a >= 0 else math.exp(3 * x + 2 * (1 - math.exp(x)))
+        for x, a in zip(log_weight, advantage, strict=True)
+    ]
+    return {"log_weight": log_weight, "phi": phi, "advantage": advantage}
+
+
+def sample(prompt: str, response: str, reward: float) -> dict:
+    return {"prompt": prompt, "response": response, "reward": reward, "length": 12, "truncated": False}
