@@ -1,0 +1,11 @@
+"""Which mapping table an architecture has. A new architecture is a file like `qwen3_moe.py` and a line here."""
+
+from megatron_vespo.checkpoint import qwen3_moe
+from megatron_vespo.checkpoint.hf_config import Architecture
+from megatron_vespo.checkpoint.mapping import Table
+
+TABLES = {"Qwen3MoeForCausalLM": qwen3_moe.table}
+
+
+def table_of(architecture: Architecture) -> Table:
+    return TABLES[architecture.architecture](architecture)

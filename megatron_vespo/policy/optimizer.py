@@ -1,0 +1,98 @@
+"""Megatron's AdamW and its schedule, from our settings."""
+
+import re
+from fnmatch import fnmatchcase
+
+from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePredicate
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, ParamGroupOverride
+from megatron.core.transformer.module import MegatronModule
+
+from megatron_vespo.config import ConfigError, ModelConfig, OptimizerConfig, PolicyConfig
+from megatron_vespo.policy.model import DTYPES
+
+WRAPPER_PREFIX = re.compile(r"^(module\.)+")
+FUSED_NORMS = {
+    "self_attention.linear_qkv.layer_norm_": "input_layernorm.",
+    "mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm.",
+}
+"""Transformer Engine's layers hold these norms inside the matrix that follows; they keep one name in the settings."""
+
+
+def build_optimizer(
+    chunks: list[MegatronModule], model: ModelConfig, policy: PolicyConfig, optimizer: OptimizerConfig
+) -> MegatronOptimizer:
+    """Megatron's optimizer over the wrapped model chunks.
+
+    With bfloat16 parameters it steps float32 copies of them. Its own rule for which parameters don't decay is replaced
+    by `optimizer.weight_decay_exempt`.
+    """
+    settings = MegatronOptimizerConfig(
+        optimizer="adam",
+        lr=optimizer.learning_rate,
+        min_lr=optimizer.min_learning_rate,
+        weight_decay=optimizer.weight_decay,
+        adam_beta1=optimizer.betas[0],
+        adam_beta2=optimizer.betas[1],
+        adam_eps=optimizer.epsilon,
+        decoupled_weight_decay=True,
+        clip_grad=optimizer.gradient_clip,
+        params_dtype=DTYPES[model.dtype],
+        bf16=model.dtype == "bfloat16",
+        use_distributed_optimizer=policy.distributed_optimizer,
+    )
+    exempt = ParamKey(
+        with_name_predicate=ParamWithNamePredicate(
+            name="weight_decay_exempt", fn=lambda _, name: is_exempt(name, optimizer.weight_decay_exempt)
+        )
+    )
+    no_decay: ParamGroupOverride = {"wd_mult": 0.0}  # type: ignore[typeddict-item]
+    return get_megatron_optimizer(settings, chunks, config_overrides={exempt: no_decay}, use_gloo_process_groups=False)
+
+
+def is_exempt(name: str, patterns: tuple[str, ...]) -> bool:
+    """Whether the parameter `name`, as a wrapped model chunk calls it, matches one of the shell patterns."""
+    name = WRAPPER_PREFIX.sub("", name)
+    for fused, separate in FUSED_NORMS.items():
+        name = name.replace(fused, separate)
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def check_schedule(optimizer: OptimizerConfig, total_steps: int) -> None:
+    """Raises:
+    ConfigError: the warm-up does not end within the run, or the rate would rise.
+    """
+    if optimizer.warmup_steps >= total_steps:
+        raise ConfigError(
+            f"optimizer.warmup_steps ({optimizer.warmup_steps}) must be less than the steps of the run ({total_steps})"
+        )
+    if optimizer.min_learning_rate > optimizer.learning_rate:
+        raise ConfigError(
+            f"optimizer.min_learning_rate ({optimizer.min_learning_rate}) is larger than "
+            f"optimizer.learning_rate ({optimizer.learning_rate})"
+        )
+
+
+def build_scheduler(
+    megatron_optimizer: MegatronOptimizer, optimizer: OptimizerConfig, total_steps: int
+) -> OptimizerParamScheduler:
+    """Learning rate by step; call `step(1)` after each optimizer step.
+
+    With w warm-up steps of n, step k (from 0) has rate (k + 1) / (w + 1) of the full one while k <= w, and has gone
+    (k - w) / (n - w) of the way to the minimum after that: no step has rate 0, unless the minimum is 0 and k = n.
+    """
+    check_schedule(optimizer, total_steps)
+    return OptimizerParamScheduler(
+        megatron_optimizer,
+        init_lr=optimizer.learning_rate / (optimizer.warmup_steps + 1),
+        max_lr=optimizer.learning_rate,
+        min_lr=optimizer.min_learning_rate,
+        lr_warmup_steps=optimizer.warmup_steps,
+        lr_decay_steps=total_steps,
+        lr_decay_style=optimizer.schedule,
+        start_wd=optimizer.weight_decay,
+        end_wd=optimizer.weight_decay,
+        wd_incr_steps=total_steps,
+        wd_incr_style="constant",
+    )

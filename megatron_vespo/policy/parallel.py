@@ -1,0 +1,58 @@
+"""The process groups: the only module that sets or clears Megatron's process-global parallel state."""
+
+import math
+import random
+from datetime import timedelta
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+from megatron_vespo.config import PolicyConfig
+from megatron_vespo.policy.device import Device
+
+
+def join(
+    device: Device,
+    policy: PolicyConfig,
+    *,
+    rank: int,
+    world_size: int,
+    master_address: str,
+    master_port: int,
+    seed: int,
+) -> None:
+    """Meet the other ranks, form the layout's process groups and seed every generator of this process.
+
+    Raises:
+        ValueError: the number of processes is not the configured number of ranks.
+        RuntimeError: the ranks did not meet in time, or this process has joined a group before and not left it.
+    """
+    if world_size != policy.ranks:
+        raise ValueError(f"policy.ranks is {policy.ranks}, but {world_size} processes were started")
+    timeout = timedelta(seconds=policy.step_timeout_seconds)
+    dist.init_process_group(
+        device.backend,
+        init_method=f"tcp://{master_address}:{master_port}",
+        rank=rank,
+        world_size=world_size,
+        timeout=timeout,
+    )
+    parallel_state.initialize_model_parallel(
+        expert_model_parallel_size=policy.layout.ep,
+        distributed_timeout_minutes=math.ceil(timeout / timedelta(minutes=1)),
+        create_gloo_process_groups=False,
+    )
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+    model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+
+
+def leave() -> None:
+    """Forget the layout and close every connection to the other ranks."""
+    parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,80 @@
+"""What a training step tells, on each rank and merged."""
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+
+import torch
+
+from megatron_vespo.objective.metrics import LossMetrics
+from megatron_vespo.policy.packing import FILLER_KEY
+
+
+@dataclass
+class StepResult:
+    """One optimizer step as one rank saw it, or merged over ranks.
+
+    Attributes:
+        loss: sum over the whole step / count over the whole step; the same on every rank.
+        denominator: that count.
+        gradient_norm: global, before clipping.
+        learning_rate: that this step used.
+        sums: `LossMetrics.sums`, added over this rank's micro-batches.
+        sequences: `LossMetrics.sequences`, [s] float32 each, in the order of `keys`.
+        keys: of this rank's sequences, ascending, without fillers.
+        forward_backward_seconds, optimizer_seconds: wall clock; merged: of the slowest rank.
+    """
+
+    loss: float
+    denominator: int
+    gradient_norm: float
+    learning_rate: float
+    forward_backward_seconds: float
+    optimizer_seconds: float
+    sums: dict[str, float] = field(default_factory=dict)
+    sequences: dict[str, torch.Tensor] = field(default_factory=dict)
+    keys: tuple[int, ...] = ()
+
+
+def reduce_metrics(
+    keys_and_metrics: list[tuple[tuple[int, ...], LossMetrics]],
+) -> tuple[dict[str, float], dict[str, torch.Tensor], tuple[int, ...]]:
+    """Sums added in order, sequences put in the order of their keys, fillers left out; all on the CPU."""
+    sums: dict[str, float] = defaultdict(float)
+    columns: dict[str, list[torch.Tensor]] = defaultdict(list)
+    keys = torch.tensor([key for some, _ in keys_and_metrics for key in some], dtype=torch.int64)
+    for _, metrics in keys_and_metrics:
+        for name, value in metrics.sums.items():
+            sums[name] += float(value)
+        for name, values in metrics.sequences.items():
+            columns[name].append(values.cpu())
+    order = keys.argsort()
+    order = order[keys[order] != FILLER_KEY]
+    sequences = {name: torch.cat(parts)[order] for name, parts in columns.items()}
+    return dict(sums), sequences, tuple(keys[order].tolist())
+
+
+def merge(results: list[StepResult]) -> StepResult:
+    """One result from those of all data-parallel ranks, in the order of the ranks."""
+    sums, sequences, keys = reduce_metrics(
+        [
+            (
+                result.keys,
+                LossMetrics(
+                    {k: torch.tensor(v, dtype=torch.float64) for k, v in result.sums.items()}, result.sequences
+                ),
+            )
+            for result in results
+        ]
+    )
+    first = results[0]
+    return StepResult(
+        loss=first.loss,
+        denominator=first.denominator,
+        gradient_norm=first.gradient_norm,
+        learning_rate=first.learning_rate,
+        forward_backward_seconds=max(result.forward_backward_seconds for result in results),
+        optimizer_seconds=max(result.optimizer_seconds for result in results),
+        sums=sums,
+        sequences=sequences,
+        keys=keys,
+    )
