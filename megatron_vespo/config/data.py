@@ -11,7 +11,7 @@ class ReasoningGymSource(Section):
     type: Literal["reasoning_gym"]
     task: str
     """Name of a reasoning-gym dataset, e.g. `chain_sum`."""
-    settings: dict[str, Any] = {}
+    settings: dict[str, Any] = Field(default_factory=dict)
     """Arguments of that dataset's config."""
     partial_credit: bool = False
     """False: the reward is 1 for a full score of the task's own scorer, else 0."""
@@ -36,7 +36,7 @@ class CustomSource(Section):
     type: Literal["custom"]
     target: str
     """Dotted path `package.module:Class` of a prompt source (see megatron_vespo.data.sources)."""
-    settings: dict[str, Any] = {}
+    settings: dict[str, Any] = Field(default_factory=dict)
     scorer: str | None = None
     """As in a file source; None: the source's own `score`."""
     weight: PositiveFloat = 1.0

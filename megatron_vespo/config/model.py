@@ -36,7 +36,8 @@ class PolicyConfig(Section):
     router_dtype: Literal["float32", "model"] = "float32"
     """Precision of the router's logits and of the gate weights."""
     router_aux_loss: float = Field(default=0.0, ge=0)
-    """Coefficient of the load-balancing loss. Not linear in micro-batches, so 0 in RL."""
+    """Coefficient of the load-balancing loss, 0 in RL: it is not linear in micro-batches. Megatron sums it over all
+    positions and divides by the loss's count, so prompts make it (positions / response tokens) times stronger."""
     router_z_loss: float = Field(default=0.0, ge=0)
     """Coefficient of the router's z loss."""
     step_timeout_seconds: PositiveFloat = 1800.0
@@ -71,3 +72,18 @@ class OptimizerConfig(Section):
     """Megatron parameter names (shell patterns) that don't decay."""
     gradient_clip: float = Field(default=1.0, ge=0)
     """Largest global gradient norm; 0 does not clip."""
+
+    @model_validator(mode="after")
+    def rate_falls(self):
+        if self.min_learning_rate > self.learning_rate:
+            raise ValueError(
+                f"min_learning_rate ({self.min_learning_rate}) is larger than learning_rate ({self.learning_rate})"
+            )
+        return self
+
+    def check_warmup(self, steps: int) -> None:
+        """Raises ValueError where the warm-up does not end within a run of `steps`."""
+        if self.warmup_steps >= steps:
+            raise ValueError(
+                f"optimizer.warmup_steps ({self.warmup_steps}) must be less than the steps of the run ({steps})"
+            )

@@ -36,7 +36,7 @@ class EngineConfig(Section):
     """None: a free port. A port in use is replaced by a free one, and said."""
     startup_timeout_seconds: PositiveFloat = 600.0
     request_timeout_seconds: PositiveFloat = 1800.0
-    extra_arguments: dict[str, Any] = {}
+    extra_arguments: dict[str, Any] = Field(default_factory=dict)
     """Further arguments of `sglang.launch_server`, e.g. {"enable-metrics": true}."""
 
 

@@ -67,6 +67,11 @@ class TrainConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def warmup_ends(self):
+        self.optimizer.check_warmup(self.algorithm.steps)
+        return self
+
+    @model_validator(mode="after")
     def groups_have_variance(self):
         if self.rollout.group_size < 2:
             raise ValueError("rollout.group_size is 1: a group's advantage needs at least two responses")
@@ -94,6 +99,11 @@ class SFTConfig(Section):
     policy: PolicyConfig = PolicyConfig()
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-5)
     observability: ObservabilityConfig = ObservabilityConfig()
+
+    @model_validator(mode="after")
+    def warmup_ends(self):
+        self.optimizer.check_warmup(self.steps)
+        return self
 
 
 class EvaluateConfig(Section):

@@ -9,7 +9,7 @@ from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePred
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, ParamGroupOverride
 from megatron.core.transformer.module import MegatronModule
 
-from megatron_vespo.config import ConfigError, ModelConfig, OptimizerConfig, PolicyConfig
+from megatron_vespo.config import ModelConfig, OptimizerConfig, PolicyConfig
 from megatron_vespo.policy.model import DTYPES
 
 WRAPPER_PREFIX = re.compile(r"^(module\.)+")
@@ -59,21 +59,6 @@ def is_exempt(name: str, patterns: tuple[str, ...]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def check_schedule(optimizer: OptimizerConfig, total_steps: int) -> None:
-    """Raises:
-    ConfigError: the warm-up does not end within the run, or the rate would rise.
-    """
-    if optimizer.warmup_steps >= total_steps:
-        raise ConfigError(
-            f"optimizer.warmup_steps ({optimizer.warmup_steps}) must be less than the steps of the run ({total_steps})"
-        )
-    if optimizer.min_learning_rate > optimizer.learning_rate:
-        raise ConfigError(
-            f"optimizer.min_learning_rate ({optimizer.min_learning_rate}) is larger than "
-            f"optimizer.learning_rate ({optimizer.learning_rate})"
-        )
-
-
 def build_scheduler(
     megatron_optimizer: MegatronOptimizer, optimizer: OptimizerConfig, total_steps: int
 ) -> OptimizerParamScheduler:
@@ -82,7 +67,6 @@ def build_scheduler(
     With w warm-up steps of n, step k (from 0) has rate (k + 1) / (w + 1) of the full one while k <= w, and has gone
     (k - w) / (n - w) of the way to the minimum after that: no step has rate 0, unless the minimum is 0 and k = n.
     """
-    check_schedule(optimizer, total_steps)
     return OptimizerParamScheduler(
         megatron_optimizer,
         init_lr=optimizer.learning_rate / (optimizer.warmup_steps + 1),

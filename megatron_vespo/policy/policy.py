@@ -23,7 +23,7 @@ from megatron_vespo.policy.batch import MicroBatch
 from megatron_vespo.policy.device import prepare_device
 from megatron_vespo.policy.initialise import initialise
 from megatron_vespo.policy.model import build_model
-from megatron_vespo.policy.optimizer import build_optimizer, build_scheduler, check_schedule
+from megatron_vespo.policy.optimizer import build_optimizer, build_scheduler
 from megatron_vespo.policy.result import StepResult, reduce_metrics
 
 LossFunction = Callable[[Tensor, MicroBatch], tuple[Tensor, Tensor, LossMetrics]]
@@ -61,9 +61,8 @@ class MegatronPolicy:
         write them into `self.model`, then call `weights_were_loaded`.
 
         Raises:
-            ConfigError: the schedule or the layout does not fit the run or the model.
+            ConfigError: the layout does not fit the model.
         """
-        check_schedule(optimizer, total_steps)
         self.device = prepare_device()
         parallel.join(
             self.device,

@@ -72,6 +72,8 @@ def test_the_same_sampling_is_allowed_in_evaluation():
         (["algorithm.prompts_per_rollout_batch=100"], "(4 * 16 = 64)"),
         (["algorithm.prompts_per_step=1", "rollout.group_size=2", "policy.ranks=4"], "4 data-parallel ranks"),
         (["rollout.group_size=1"], "at least two responses"),
+        (["optimizer.warmup_steps=120"], "must be less than the steps of the run (120)"),
+        (["optimizer.min_learning_rate=1"], "min_learning_rate (1.0) is larger"),
     ],
 )
 def test_sizes_that_do_not_divide_say_what_would(overrides, said):

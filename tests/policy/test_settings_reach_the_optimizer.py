@@ -2,8 +2,8 @@
 
 import pytest
 
-from megatron_vespo.config import ConfigError, OptimizerConfig
-from megatron_vespo.policy.optimizer import check_schedule, is_exempt
+from megatron_vespo.config import OptimizerConfig
+from megatron_vespo.policy.optimizer import is_exempt
 
 DEFAULT = OptimizerConfig().weight_decay_exempt
 
@@ -30,12 +30,3 @@ def test_default_exemptions_are_the_norms_in_both_layer_implementations(name, ex
 def test_patterns_see_names_without_wrappers():
     assert is_exempt("module.module.embedding.word_embeddings.weight", ("embedding.*",))
     assert not is_exempt("module.output_layer.weight", ("embedding.*",))
-
-
-@pytest.mark.parametrize(
-    ("settings", "key"),
-    [({"warmup_steps": 10}, "optimizer.warmup_steps"), ({"min_learning_rate": 1.0}, "optimizer.min_learning_rate")],
-)
-def test_schedules_that_cannot_be_are_refused(settings, key):
-    with pytest.raises(ConfigError, match=key):
-        check_schedule(OptimizerConfig(**settings), total_steps=10)

@@ -1,0 +1,135 @@
+"""How an SGLang server is started: its arguments and its environment, on a CPU and on CUDA."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from megatron_vespo.config import ConfigError, EngineConfig
+
+CPU_CACHE_TOKENS = 262_144
+CPU_RUNNING_REQUESTS = 1024
+CPU_MEMORY_FRACTION = 0.2
+"""Of host memory, which trainer and graders share. Only a bound: the cache is max_total_tokens."""
+CONTEXT_MARGIN = 8
+"""SGLang cuts a response short, without a word, when it ends within 2 tokens of the context length, and refuses a prompt
+that ends within 6 of it."""
+
+SET_ELSEWHERE = {
+    "model-path": "model.path",
+    "host": "nothing: engines listen on loopback",
+    "port": "rollout.engine.port",
+    "dtype": "rollout.engine.dtype",
+    "tp-size": "rollout.engine.tensor_parallel",
+    "tensor-parallel-size": "rollout.engine.tensor_parallel",
+    "max-total-tokens": "rollout.engine.max_total_tokens",
+    "max-running-requests": "rollout.engine.max_running_requests",
+    "mem-fraction-static": "rollout.engine.memory_fraction",
+    "enable-deterministic-inference": "rollout.deterministic",
+    "skip-tokenizer-init": "nothing: engines take and give tokens",
+    "weight-version": "nothing: it is the optimizer step",
+    "random-seed": "seed",
+}
+
+
+def command_line_arguments(
+    *,
+    model_path: str,
+    dtype: str,
+    engine: EngineConfig,
+    device: str,
+    deterministic: bool,
+    seed: int,
+    max_sequence_tokens: int,
+    return_routed_experts: bool,
+    weight_version: int,
+) -> list[str]:
+    """Arguments of `sglang.launch_server`, but for host and port.
+
+    Raises:
+        ConfigError: the cache cannot hold one sequence, or `extra_arguments` names what another setting decides.
+    """
+    arguments: dict[str, Any] = {
+        "model-path": model_path,
+        "dtype": dtype,
+        "tp-size": engine.tensor_parallel,
+        "context-length": max_sequence_tokens + CONTEXT_MARGIN,
+        "skip-tokenizer-init": True,
+        "random-seed": seed,
+        "weight-version": weight_version,
+        "enable-deterministic-inference": deterministic,
+        "enable-return-routed-experts": return_routed_experts,
+        "max-total-tokens": engine.max_total_tokens,
+        "max-running-requests": engine.max_running_requests,
+        "mem-fraction-static": engine.memory_fraction,
+    }
+    if device == "cpu":
+        arguments |= cpu_arguments(engine)
+    total, running = arguments["max-total-tokens"], arguments["max-running-requests"]
+    context_length = arguments["context-length"]
+    if total is not None and total < context_length:
+        raise ConfigError(
+            f"rollout.engine.max_total_tokens is {total}, but one prompt with its response "
+            f"takes up to {max_sequence_tokens} tokens: set at least {context_length}"
+        )
+    if deterministic and total is not None:
+        # A request that always finds room is never retracted, and a retracted one would be sampled in another way.
+        fitting = total // context_length
+        arguments["max-running-requests"] = min(running or fitting, fitting)
+    return as_options(arguments | extra_arguments(engine))
+
+
+def cpu_arguments(engine: EngineConfig) -> dict[str, Any]:
+    fraction_is_chosen = "memory_fraction" in engine.model_fields_set
+    return {
+        "device": "cpu",
+        "attention-backend": "torch_native",
+        "disable-overlap-schedule": True,
+        "skip-server-warmup": True,
+        # Without it an idle scheduler polls a whole core away from the trainer.
+        "sleep-on-idle": True,
+        "mem-fraction-static": engine.memory_fraction if fraction_is_chosen else CPU_MEMORY_FRACTION,
+        "max-total-tokens": engine.max_total_tokens or CPU_CACHE_TOKENS,
+        "max-running-requests": engine.max_running_requests or CPU_RUNNING_REQUESTS,
+    }
+
+
+def check_sequence_length(model_path: str, max_sequence_tokens: int) -> None:
+    """Raises ConfigError where prompt and response can be longer than the model's positions."""
+    config = json.loads((Path(model_path) / "config.json").read_text())
+    positions = config.get("max_position_embeddings")
+    if positions is not None and max_sequence_tokens > positions:
+        raise ConfigError(
+            f"data.max_prompt_tokens + rollout.max_response_tokens is {max_sequence_tokens}, but {model_path} has "
+            f"{positions} positions (max_position_embeddings): lower one of them"
+        )
+
+
+def extra_arguments(engine: EngineConfig) -> dict[str, Any]:
+    extra = {name.lstrip("-").replace("_", "-"): value for name, value in engine.extra_arguments.items()}
+    for name in extra:
+        if name in SET_ELSEWHERE:
+            raise ConfigError(f"rollout.engine.extra_arguments: '{name}' is decided by {SET_ELSEWHERE[name]}")
+    return extra
+
+
+def as_options(arguments: dict[str, Any]) -> list[str]:
+    """True is a bare option; None and False are left out; a list is several values."""
+    options = []
+    for name, value in arguments.items():
+        if value is None or value is False:
+            continue
+        options.append(f"--{name}")
+        if value is not True:
+            options += [str(item) for item in (value if isinstance(value, list | tuple) else [value])]
+    return options
+
+
+def child_environment(base: dict[str, str], device: str, scratch: Path) -> dict[str, str]:
+    """The server's environment. Its sockets and other temporary files go to `scratch`."""
+    environment = base | {"TMPDIR": str(scratch), "PYTHONUNBUFFERED": "1"}
+    # Only CONTEXT_MARGIN is ever beyond the model's own length (check_sequence_length).
+    environment["SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN"] = "1"
+    if device == "cpu":
+        # One thread: results don't depend on how work is split. Compiled sampling is slower than it is worth here.
+        environment |= {"SGLANG_USE_CPU_ENGINE": "1", "OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"}
+    return environment

@@ -1,0 +1,231 @@
+"""Groups of responses from an engine: one request a group, each sample with a seed of its own."""
+
+import asyncio
+import hashlib
+from collections import deque
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from megatron_vespo.config import ConfigError, RolloutConfig, SamplingConfig
+from megatron_vespo.errors import RunError
+from megatron_vespo.rollout.client import EngineClient, EngineOutput
+from megatron_vespo.rollout.trajectory import FinishReason, Group, Prompt, Segment, Trajectory
+
+
+class ResponseError(RunError):
+    """The engine returned something that cannot have been sampled as asked."""
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What the requests of one batch have in common.
+
+    Attributes:
+        samples: responses to each prompt.
+        stop_token_ids: end a response, which keeps it. The engine stops at the eos ids of the model's config as well.
+        vocab_size: of the model; ids from 0 to vocab_size - 1 exist.
+        stream: what the seeds and request ids of this batch start with, e.g. "rollout/12".
+        weight_version: which every token must have been sampled under.
+    """
+
+    samples: int
+    sampling: SamplingConfig
+    max_response_tokens: int
+    deterministic: bool
+    concurrent_groups: int
+    stop_token_ids: tuple[int, ...]
+    vocab_size: int
+    run_seed: int
+    stream: str
+    weight_version: int
+
+
+def generate_groups(
+    client: EngineClient,
+    prompts: Sequence[Prompt],
+    rollout: RolloutConfig,
+    *,
+    stop_token_ids: Sequence[int],
+    vocab_size: int,
+    run_seed: int,
+    batch_index: int,
+    weight_version: int,
+) -> AsyncIterator[Group]:
+    """The groups of rollout batch `batch_index`, in the order of their completion; `text` is left to the caller.
+
+    Raises:
+        EngineError: the engine refused a request, or did not answer.
+        ResponseError: a response that is not what was asked for (see `check`).
+    """
+    generation = Generation(
+        samples=rollout.group_size,
+        sampling=rollout.sampling,
+        max_response_tokens=rollout.max_response_tokens,
+        deterministic=rollout.deterministic,
+        concurrent_groups=rollout.concurrent_groups,
+        stop_token_ids=tuple(stop_token_ids),
+        vocab_size=vocab_size,
+        run_seed=run_seed,
+        stream=f"rollout/{batch_index}",
+        weight_version=weight_version,
+    )
+    return generate(client, prompts, generation)
+
+
+def generate_responses(
+    client: EngineClient,
+    prompts: Sequence[Prompt],
+    sampling: SamplingConfig,
+    *,
+    samples_per_prompt: int,
+    max_response_tokens: int,
+    deterministic: bool,
+    concurrent_groups: int,
+    stop_token_ids: Sequence[int],
+    vocab_size: int,
+    run_seed: int,
+    weight_version: int,
+) -> AsyncIterator[Group]:
+    """For evaluation: any sampling parameters; the same seeds, and so the same noise, in every evaluation of a run.
+
+    Raises:
+        ConfigError: min_p in deterministic mode, which SGLang's seeded sampling does not have.
+        EngineError, ResponseError: as `generate_groups`.
+    """
+    if deterministic and sampling.min_p > 0:
+        raise ConfigError(
+            f"sampling.min_p = {sampling.min_p} cannot be sampled with rollout.deterministic: set it to 0"
+        )
+    generation = Generation(
+        samples=samples_per_prompt,
+        sampling=sampling,
+        max_response_tokens=max_response_tokens,
+        deterministic=deterministic,
+        concurrent_groups=concurrent_groups,
+        stop_token_ids=tuple(stop_token_ids),
+        vocab_size=vocab_size,
+        run_seed=run_seed,
+        stream="evaluation",
+        weight_version=weight_version,
+    )
+    return generate(client, prompts, generation)
+
+
+async def generate(client: EngineClient, prompts: Sequence[Prompt], generation: Generation) -> AsyncIterator[Group]:
+    """At most `concurrent_groups` requests at once. When a request fails, or the caller stops, the others are dropped."""
+    waiting = deque(prompts)
+    running: set[asyncio.Task[Group]] = set()
+    try:
+        while waiting or running:
+            while waiting and len(running) < generation.concurrent_groups:
+                running.add(asyncio.create_task(generate_group(client, waiting.popleft(), generation)))
+            done, _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                group = task.result()
+                running.discard(task)
+                yield group
+    finally:
+        for task in running:
+            task.cancel()
+        await asyncio.gather(*running, return_exceptions=True)
+
+
+async def generate_group(client: EngineClient, prompt: Prompt, generation: Generation) -> Group:
+    """All responses to one prompt."""
+    token_ids = prompt.token_ids.tolist()
+    # An id beyond the embedding would not be refused by the engine: it would kill it.
+    if not token_ids or min(token_ids) < 0 or max(token_ids) >= generation.vocab_size:
+        raise ConfigError(
+            f"prompt {prompt.identity}: its token ids are not all within the model's vocabulary of "
+            f"{generation.vocab_size}: the tokenizer does not belong to this model"
+        )
+    samples = range(generation.samples)
+    outputs = await client.generate(
+        [token_ids] * generation.samples,
+        [sampling_params(generation, prompt.identity, sample) for sample in samples],
+        [f"{generation.stream}/{prompt.identity}/{sample}" for sample in samples],
+    )
+    group = Group(prompt)
+    for sample, output in enumerate(outputs):
+        check(output, generation, f"response {sample} to prompt {prompt.identity}")
+        group.trajectories.append(to_trajectory(output, prompt, sample))
+    return group
+
+
+def sampling_params(generation: Generation, identity: str, sample: int) -> dict[str, Any]:
+    """SGLang's parameters of one sample. Without deterministic inference it ignores seeds, so none is sent."""
+    chosen = generation.sampling
+    params: dict[str, Any] = {
+        "temperature": chosen.temperature,
+        "top_p": chosen.top_p,
+        "top_k": chosen.top_k,
+        "min_p": chosen.min_p,
+        "frequency_penalty": chosen.frequency_penalty,
+        "presence_penalty": chosen.presence_penalty,
+        "repetition_penalty": chosen.repetition_penalty,
+        "max_new_tokens": generation.max_response_tokens,
+        "stop_token_ids": list(generation.stop_token_ids),
+    }
+    if chosen.logit_bias:
+        params["logit_bias"] = chosen.logit_bias
+    if generation.deterministic:
+        params["sampling_seed"] = sample_seed(generation.run_seed, generation.stream, identity, sample)
+    return params
+
+
+def sample_seed(run_seed: int, stream: str, identity: str, sample: int) -> int:
+    """A seed for one sample, 0 <= seed < 2^63: the noise of SGLang's sampler depends only on it, position and token.
+
+    The first 8 bytes, big endian, without the highest bit, of BLAKE2b over the four values, each as text behind its
+    length. The same on every machine and in every version of Python.
+    """
+    digest = hashlib.blake2b(digest_size=8)
+    for value in (run_seed, stream, identity, sample):
+        text = str(value).encode()
+        digest.update(len(text).to_bytes(4, "big") + text)
+    return int.from_bytes(digest.digest(), "big") & (2**63 - 1)
+
+
+def check(output: EngineOutput, generation: Generation, what: str) -> None:
+    """Raises ResponseError for a response that must not be trained on or graded."""
+    ids, length = output.token_ids, len(output.token_ids)
+    if output.finish_reason not in ("stop", "length"):
+        raise ResponseError(f"{what}: the engine ended it: {output.finish_reason} {output.finish_detail}")
+    if not 0 < length <= generation.max_response_tokens:
+        raise ResponseError(f"{what}: {length} tokens, asked for 1 to {generation.max_response_tokens}")
+    if output.finish_reason == "length" and length != generation.max_response_tokens:
+        raise ResponseError(
+            f"{what}: cut after {length} of {generation.max_response_tokens} tokens: the engine's context is too short"
+        )
+    if len(output.log_probs) != length:
+        raise ResponseError(f"{what}: {length} tokens but {len(output.log_probs)} log-probs")
+    if ids.min() < 0 or ids.max() >= generation.vocab_size:
+        raise ResponseError(f"{what}: token id {ids.max()} with a vocabulary of {generation.vocab_size}")
+    if not np.isfinite(output.log_probs).all() or output.log_probs.max() > 1e-3:
+        raise ResponseError(f"{what}: a log-prob is not finite or above 0")
+    spans = output.weight_spans
+    if [s.start for s in spans] != [0, *(s.end for s in spans[:-1])] or spans[-1].end != length:
+        raise ResponseError(f"{what}: its weight versions {spans} do not cover its {length} tokens")
+    versions = {span.version for span in spans}
+    if versions != {str(generation.weight_version)}:
+        raise ResponseError(f"{what}: sampled under weights {versions}, expected {generation.weight_version}")
+    if generation.deterministic and output.retractions:
+        raise ResponseError(
+            f"{what}: the engine ran out of cache and retracted it {output.retractions} times, which is outside "
+            "rollout.deterministic: lower rollout.engine.max_running_requests or raise rollout.engine.max_total_tokens"
+        )
+
+
+def to_trajectory(output: EngineOutput, prompt: Prompt, sample: int) -> Trajectory:
+    finish: FinishReason = "stop" if output.finish_reason == "stop" else "length"
+    return Trajectory(
+        prompt=prompt,
+        sample=sample,
+        response_ids=output.token_ids,
+        behavior_log_probs=output.log_probs,
+        segments=[Segment(span.start, span.end, int(span.version), output.request_id) for span in output.weight_spans],
+        finish_reason=finish,
+    )

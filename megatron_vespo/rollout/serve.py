@@ -1,0 +1,74 @@
+"""The SGLang server process: `python -m megatron_vespo.rollout.serve --parent PID --scratch DIR [arguments of SGLang]`.
+
+The same server as `sglang.launch_server`, with three differences: what a CPU needs is in place before SGLang is
+imported; on a CPU the scheduler is forked from this process, which has imported everything already, instead of spawned
+(half the start-up time); and when the process PARENT dies, all of this server ends and removes what it wrote to DIR and
+shared memory.
+"""
+
+import argparse
+import ctypes
+import multiprocessing
+import os
+import signal
+import sys
+from pathlib import Path
+
+from megatron_vespo.rollout import process_tree, sglang_on_cpu
+
+PR_SET_PDEATHSIG = 1
+ORPHANED = signal.SIGUSR2
+
+sglang_on_cpu.prepare_imports()
+
+
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    parser.add_argument("--parent", type=int, required=True)
+    parser.add_argument("--scratch", type=Path, required=True)
+    own, sglang_arguments = parser.parse_known_args(arguments)
+    end_with_parent(own.parent, own.scratch)
+
+    from sglang.launch_server import run_server
+    from sglang.srt.plugins import load_plugins
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+    from sglang.srt.server_args import prepare_server_args
+
+    if sglang_on_cpu.needed():
+        HookRegistry.register("sglang.srt.entrypoints.engine._set_envs_and_config", fork_children, HookType.AFTER)
+    load_plugins()
+    try:
+        run_server(prepare_server_args(sglang_arguments))
+    finally:
+        process_tree.kill(process_tree.tree(os.getpid())[1:])
+
+
+def end_with_parent(parent: int, scratch: Path) -> None:
+    """End this server when process `parent` dies, however it dies.
+
+    The kernel signals when the *thread* that started this process ends, so the signal alone proves nothing: the server
+    goes on if its parent still is `parent`, and is signalled again when the next of its threads ends.
+    """
+
+    def on_signal(*_) -> None:
+        if os.getppid() == parent:
+            return
+        family = process_tree.tree(os.getpid())
+        files = process_tree.shared_memory_of(family)
+        process_tree.kill(family[1:])
+        process_tree.remove(files, scratch)
+        os._exit(1)
+
+    signal.signal(ORPHANED, on_signal)
+    if ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, ORPHANED, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
+    on_signal()
+
+
+def fork_children(*_, **__) -> None:
+    """After SGLang chose "spawn". Nothing of this process holds a GPU or runs threads of compute when it forks."""
+    multiprocessing.set_start_method("fork", force=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,235 @@
+"""One SGLang server as a child process: start, health, stop."""
+
+import json
+import logging
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import torch
+
+from megatron_vespo.config import ConfigError, EngineConfig
+from megatron_vespo.errors import RunError
+from megatron_vespo.rollout import process_tree
+from megatron_vespo.rollout.engine_arguments import check_sequence_length, child_environment, command_line_arguments
+from megatron_vespo.rollout.engine_log import first_cause
+
+logger = logging.getLogger(__name__)
+
+HOST = "127.0.0.1"
+POLL_SECONDS = 0.1
+STOP_GRACE_SECONDS = 1.0
+PORT_ATTEMPTS = 3
+LOWEST_FREE_PORT = 20000
+
+
+class EngineServerError(RunError):
+    """The server did not start, or died. The message holds the first cause found in its log."""
+
+
+class EngineServer:
+    """A server on loopback that dies with the process that started it.
+
+    Args:
+        model_path: folder in Hugging Face format.
+        model_dtype: used unless `engine.dtype` says otherwise.
+        deterministic: batch-invariant sampling with a seed for each sample.
+        seed: SGLang's own random seed.
+        log_path: what the server prints is appended here.
+        max_sequence_tokens: longest prompt plus response.
+        return_routed_experts: keep the routers' choices, so that requests may ask for them.
+        weight_version: of the weights in `model_path`.
+        device: "cuda" or "cpu"; None: "cuda" where torch finds it.
+    """
+
+    def __init__(
+        self,
+        model_path: str,
+        model_dtype: str,
+        engine: EngineConfig,
+        *,
+        deterministic: bool,
+        seed: int,
+        log_path: str | Path,
+        max_sequence_tokens: int,
+        return_routed_experts: bool = False,
+        weight_version: int = 0,
+        device: str | None = None,
+    ) -> None:
+        self._device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self._engine = engine
+        self._log_path = Path(log_path)
+        check_sequence_length(model_path, max_sequence_tokens)
+        self._arguments = command_line_arguments(
+            model_path=model_path,
+            dtype=engine.dtype or model_dtype,
+            engine=engine,
+            device=self._device,
+            deterministic=deterministic,
+            seed=seed,
+            max_sequence_tokens=max_sequence_tokens,
+            return_routed_experts=return_routed_experts,
+            weight_version=weight_version,
+        )
+        self._process: subprocess.Popen | None = None
+        self._scratch: Path | None = None
+        self._shared_memory: set[Path] = set()
+        self._family: list = []
+        self._log_start = 0
+        self.port = 0
+
+    @property
+    def url(self) -> str:
+        return f"http://{HOST}:{self.port}"
+
+    @property
+    def pid(self) -> int:
+        """Of the server's first process."""
+        if self._process is None:
+            raise EngineServerError("the engine was not started")
+        return self._process.pid
+
+    def start(self) -> None:
+        """Start the server and return when it has generated a token.
+
+        Raises:
+            EngineServerError: it died, or was not healthy within `engine.startup_timeout_seconds`. Nothing is left.
+        """
+        if self._process is not None:
+            raise EngineServerError("the engine was already started")
+        deadline = time.monotonic() + self._engine.startup_timeout_seconds
+        for attempt in range(1, PORT_ATTEMPTS + 1):
+            self.port = choose_port(self._engine.port)
+            self._launch()
+            try:
+                self._wait_until_healthy(deadline)
+                return
+            except BaseException:
+                port_was_taken = not self.is_alive() and "address already in use" in self._log_text()
+                self.stop()
+                if not port_was_taken or attempt == PORT_ATTEMPTS:
+                    raise
+                logger.warning("port %d was taken while the engine started: trying another", self.port)
+
+    def _launch(self) -> None:
+        self._scratch = Path(tempfile.mkdtemp(prefix="vespo-engine-"))
+        self._log_path.parent.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, "-m", "megatron_vespo.rollout.serve"]
+        command += ["--parent", str(os.getpid()), "--scratch", str(self._scratch)]
+        command += ["--host", HOST, "--port", str(self.port), *self._arguments]
+        with self._log_path.open("ab") as log:
+            self._log_start = log.tell()
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                env=child_environment(dict(os.environ), self._device, self._scratch),
+            )
+
+    def _wait_until_healthy(self, deadline: float) -> None:
+        while not self._answers():
+            self.raise_if_dead()
+            self._remember_family()
+            if time.monotonic() > deadline:
+                raise EngineServerError(
+                    f"the engine was not healthy after {self._engine.startup_timeout_seconds:.0f} s "
+                    f"(rollout.engine.startup_timeout_seconds); the last lines of {self._log_path}:\n"
+                    + "\n".join(self._log_text().splitlines()[-5:])
+                )
+            time.sleep(POLL_SECONDS)
+        self._generate_one_token(deadline)
+        self._remember_family()
+
+    def _answers(self) -> bool:
+        try:
+            with urllib.request.urlopen(f"{self.url}/model_info", timeout=5) as response:
+                return response.status == 200
+        except (urllib.error.URLError, TimeoutError, ConnectionError):
+            return False
+
+    def _generate_one_token(self, deadline: float) -> None:
+        body = {"input_ids": [0], "sampling_params": {"temperature": 0.0, "max_new_tokens": 1}}
+        request = urllib.request.Request(
+            f"{self.url}/generate", json.dumps(body).encode(), {"Content-Type": "application/json"}
+        )
+        try:
+            with urllib.request.urlopen(request, timeout=max(1.0, deadline - time.monotonic())) as response:
+                response.read()
+        except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
+            time.sleep(1.0)  # a crash in the first forward pass ends the process a moment later
+            self.raise_if_dead()
+            raise EngineServerError(f"the engine answers at {self.url} but generates nothing: {error}") from error
+
+    def _remember_family(self) -> None:
+        """What belongs to the server, as long as it can still be asked."""
+        family = process_tree.tree(self.pid)
+        known = {process.pid for process in self._family}
+        self._family += [process for process in family if process.pid not in known]
+        self._shared_memory |= process_tree.shared_memory_of(family)
+
+    def is_alive(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
+    def raise_if_dead(self) -> None:
+        """Raises EngineServerError with the first cause when the server has ended by itself."""
+        if self._process is None or self.is_alive():
+            return
+        code = self._process.returncode
+        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+        raise EngineServerError(f"the engine {how}: {first_cause(self._log_text())} (log: {self._log_path})")
+
+    def _log_text(self) -> str:
+        with self._log_path.open("rb") as log:
+            log.seek(self._log_start)
+            return log.read().decode(errors="replace")
+
+    def stop(self) -> None:
+        """End every process of the server and remove what they leave. May be called at any time, and again."""
+        if self._process is None:
+            return
+        if self.is_alive():
+            self._remember_family()
+        process_tree.end(self._family or process_tree.tree(self._process.pid), STOP_GRACE_SECONDS)
+        self._process.wait()
+        process_tree.remove(self._shared_memory, self._scratch)
+        self._process, self._scratch, self._family, self._shared_memory = None, None, [], set()
+
+    def __enter__(self) -> "EngineServer":
+        self.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.stop()
+
+
+def choose_port(wanted: int | None) -> int:
+    """`wanted` if it is free, else a free port, below those that the kernel gives to outgoing connections."""
+    if wanted is not None:
+        if _is_free(wanted):
+            return wanted
+        logger.warning("rollout.engine.port %d is in use: taking another", wanted)
+    highest = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    for port in random.SystemRandom().sample(range(LOWEST_FREE_PORT, highest), 100):
+        if _is_free(port):
+            return port
+    raise ConfigError(f"no free port between {LOWEST_FREE_PORT} and {highest} on {HOST}: set rollout.engine.port")
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((HOST, port))
+        except OSError:
+            return False
+        return True

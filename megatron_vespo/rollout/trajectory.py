@@ -1,0 +1,78 @@
+"""What is known of one sampled response. The form in which rollouts travel to rewards and training."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One question of a task, tokenized once.
+
+    `identity` is unique in a run and stable between runs of the same configuration ("chain_sum/7/123").
+    `reference` is handed to the scorer unchanged; it must be picklable.
+    """
+
+    identity: str
+    text: str
+    token_ids: NDArray[np.int32]  # [prompt tokens]
+    source: int
+    """Index of the prompt's source in `data.sources`."""
+    reference: object
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A span [start, end) of response tokens sampled under one weight version by one request."""
+
+    start: int
+    end: int
+    weight_version: int
+    request_id: str
+
+
+@dataclass
+class Trajectory:
+    """A prompt, a response as the engine sampled it, and everything known of its sampling.
+
+    Attributes:
+        response_ids: [response tokens] int32, the stop token included.
+        behavior_log_probs: [response tokens] float32, log-probs of the engine's sampling distribution
+            (temperature applied), natural logarithm.
+        segments: cover the response without gap or overlap.
+        sample: position in the group, 0 .. group_size - 1.
+    """
+
+    prompt: Prompt
+    sample: int
+    response_ids: NDArray[np.int32]
+    behavior_log_probs: NDArray[np.float32]
+    segments: list[Segment]
+    finish_reason: FinishReason
+    text: str = ""
+    reward: float = float("nan")
+    outcome: str = ""
+    """How grading ended: "graded", "exception", "timeout", "crash" or "not_finite"."""
+    trained: bool = True
+    """False: its tokens are masked out of the loss (a truncated response under `truncated: mask`)."""
+    advantage: float = float("nan")
+
+    @property
+    def truncated(self) -> bool:
+        return self.finish_reason == "length"
+
+    @property
+    def oldest_weight_version(self) -> int:
+        return min(segment.weight_version for segment in self.segments)
+
+
+@dataclass
+class Group:
+    """The responses to one prompt, in the order of `sample`."""
+
+    prompt: Prompt
+    trajectories: list[Trajectory] = field(default_factory=list)

@@ -1,0 +1,78 @@
+"""A tiny random model, and a real SGLang server of it."""
+
+import asyncio
+from collections.abc import Awaitable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+
+from megatron_vespo.config import EngineConfig
+from megatron_vespo.rollout.client import EngineClient
+from megatron_vespo.rollout.server import EngineServer
+from megatron_vespo.rollout.torchvision_on_cpu import declare_torchvision_operators
+
+T = TypeVar("T")
+
+MAX_SEQUENCE_TOKENS = 256
+VOCAB_SIZE = 300
+"""Not a multiple of 64, so the engine pads it."""
+
+
+@dataclass
+class RunningEngine:
+    """A deterministic fp32 server of a tiny random Qwen3-MoE. Leave its weights as you found them."""
+
+    server: EngineServer
+    client: EngineClient
+    model_path: Path
+    loop: asyncio.AbstractEventLoop
+    vocab_size: int = VOCAB_SIZE
+
+    def run(self, work: Awaitable[T]) -> T:
+        """Wait for a call of `client`."""
+        return self.loop.run_until_complete(work)
+
+
+def write_tiny_qwen3_moe(folder: Path, seed: int) -> None:
+    declare_torchvision_operators()
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    torch.manual_seed(seed)
+    config = Qwen3MoeConfig(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        num_experts=8,
+        num_experts_per_tok=2,
+        moe_intermediate_size=64,
+        norm_topk_prob=True,
+        max_position_embeddings=MAX_SEQUENCE_TOKENS,
+        tie_word_embeddings=False,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+        initializer_range=0.2,
+    )
+    model = Qwen3MoeForCausalLM(config).float()
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            torch.nn.init.uniform_(parameter, 0.5, 1.5)
+    model.save_pretrained(folder)
+
+
+def tiny_server(model_path: Path, log_path: Path, **changes) -> EngineServer:
+    settings = {
+        "model_dtype": "float32",
+        "engine": EngineConfig(startup_timeout_seconds=300),
+        "deterministic": True,
+        "seed": 1,
+        "max_sequence_tokens": MAX_SEQUENCE_TOKENS,
+        "device": "cpu",
+    }
+    return EngineServer(str(model_path), log_path=log_path, **(settings | changes))
