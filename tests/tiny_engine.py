@@ -11,7 +11,6 @@ import torch
 from megatron_vespo.config import EngineConfig
 from megatron_vespo.rollout.client import EngineClient
 from megatron_vespo.rollout.server import EngineServer
-from megatron_vespo.rollout.torchvision_on_cpu import declare_torchvision_operators
 
 T = TypeVar("T")
 
@@ -36,7 +35,6 @@ class RunningEngine:
 
 
 def write_tiny_qwen3_moe(folder: Path, seed: int) -> None:
-    declare_torchvision_operators()
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
     torch.manual_seed(seed)

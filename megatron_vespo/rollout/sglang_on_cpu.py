@@ -7,7 +7,7 @@ called by SGLang itself in each process, as a plugin of the entry point group `s
 | missing on CPU | provided by |
 |---|---|
 | `sgl_kernel`, the compiled kernels (AMX only) | a stand-in module: names that are imported but not reached raise |
-| torchvision's operators (CUDA wheel beside CPU torch) | declarations (torchvision_on_cpu) |
+| torchvision, imported for image models | modules whose functions raise (torchvision_stand_in) |
 | host memory of the routed experts' cache (cudaHostRegister) | an allocator without registration |
 | `sgl_kernel::murmur_hash32_cpu`, seeds of single samples | the same hash, in numpy |
 | a deterministic attention backend | `torch_native`: it attends each sequence by itself |
@@ -23,7 +23,7 @@ import types
 import numpy as np
 import torch
 
-from megatron_vespo.rollout.torchvision_on_cpu import declare_torchvision_operators
+from megatron_vespo.rollout.torchvision_stand_in import provide_torchvision
 
 SGLANG_VERSION = "0.5.23"
 ROW_BLOCK = 16
@@ -62,7 +62,7 @@ def prepare_imports() -> None:
     if not needed():
         return
     check_version()
-    declare_torchvision_operators()
+    provide_torchvision()
     if "sgl_kernel" not in sys.modules:
         sys.modules["sgl_kernel"] = kernel_stand_in()
 

@@ -3,13 +3,8 @@
 from pathlib import Path
 
 import torch
-
-from megatron_vespo.rollout.torchvision_on_cpu import declare_torchvision_operators
-
-declare_torchvision_operators()
-
-from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: E402
-from transformers import PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM  # noqa: E402
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 VOCABULARY = 131
 """Odd, and more than the tokenizer has."""

@@ -1,6 +1,7 @@
 """The kernel and the loss against TRL's published function and against the formula in plain float64."""
 
 import ast
+import itertools
 import math
 from pathlib import Path
 
@@ -27,7 +28,7 @@ def packed(seed=0, dtype=torch.float32, scale=0.3):
 
 
 def padded(values, cu_seqlens, fill=0.0):
-    rows = [values[a:b] for a, b in zip(cu_seqlens[:-1], cu_seqlens[1:], strict=True)]
+    rows = [values[a:b] for a, b in itertools.pairwise(cu_seqlens)]
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=fill)
 
 
@@ -74,7 +75,7 @@ def test_loss_and_gradient_match_the_formula_written_out(aggregation):
 
     reference = log_probs.detach().double().requires_grad_()
     numerators, counts = [], []
-    for i, (a, b) in enumerate(zip(cu_seqlens[:-1], cu_seqlens[1:], strict=True)):
+    for i, (a, b) in enumerate(itertools.pairwise(cu_seqlens)):
         chosen = [t for t in range(a, b) if mask[t]]
         if not chosen:
             continue

@@ -2,14 +2,10 @@
 
 import torch
 from torch import Tensor
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from megatron_vespo.checkpoint.hf_config import Architecture
 from megatron_vespo.policy.batch import TrainingSequence
-from megatron_vespo.rollout.torchvision_on_cpu import declare_torchvision_operators
-
-declare_torchvision_operators()
-
-from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM  # noqa: E402
 
 
 def reference_model(architecture: Architecture, seed: int = 0) -> Qwen3MoeForCausalLM:

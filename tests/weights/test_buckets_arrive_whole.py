@@ -25,7 +25,7 @@ def tensors():
     generator = torch.Generator().manual_seed(0)
     shapes = [(3, 5), (7,), (2, 2, 2), (64, 3), (1,)]
     floats = [(f"float.{i}", torch.randn(s, generator=generator)) for i, s in enumerate(shapes)]
-    return floats + [("half", torch.randn(9, generator=generator).bfloat16()), ("transposed", torch.randn(4, 6).t())]
+    return [*floats, ("half", torch.randn(9, generator=generator).bfloat16()), ("transposed", torch.randn(4, 6).t())]
 
 
 @pytest.mark.parametrize("bucket_bytes", [1, 64, 1 << 20])
@@ -35,7 +35,10 @@ def test_the_engine_reads_back_every_tensor_bitwise(engine_bucket, bucket_bytes)
     received = {}
     for bucket, flat in fill_buckets(buckets, iter(sent)):
         empty = engine_bucket.empty(
-            [s.name for s in bucket.specs], [s.dtype for s in bucket.specs], [list(s.shape) for s in bucket.specs], "cpu"
+            [s.name for s in bucket.specs],
+            [s.dtype for s in bucket.specs],
+            [list(s.shape) for s in bucket.specs],
+            "cpu",
         )
         empty.flattened_tensor.copy_(flat)
         received |= dict(empty.reconstruct_tensors())
