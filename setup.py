@@ -26,7 +26,6 @@ setup(
         "rich",
         "aiohttp",
         "orjson",
-        "pebble",
         "reasoning-gym",
         "math-verify",
         "pyarrow",

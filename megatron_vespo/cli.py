@@ -21,6 +21,7 @@ ConfigFile = Annotated[Path, typer.Argument(help="YAML configuration.", metavar=
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="Settings to change, as key.path=value.", metavar="[KEY=VALUE]...")
 ]
+LOADING = "reading the model and the tasks"
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved configuration and stop.")]
 
 
@@ -32,10 +33,17 @@ def train(config: ConfigFile, overrides: Overrides = None, dry_run: DryRun = Fal
 
     settings = load_config(TrainConfig, config, overrides)
     print(describe_run(settings, full=dry_run))
-    if not dry_run:
+    if dry_run:
+        return
+    from megatron_vespo.observability.console import RunConsole
+
+    name, algorithm = Path(settings.run_dir).name, settings.algorithm
+    with RunConsole(name, algorithm.steps, algorithm.staleness, settings.observability.console) as console:
+        console.phase(LOADING)
         from megatron_vespo.orchestration.synchronous import run_training
 
-        run_training(settings)
+        what_next = run_training(settings, console)
+    print(what_next)
 
 
 @app.command()
@@ -48,9 +56,14 @@ def sft(config: ConfigFile, overrides: Overrides = None, dry_run: DryRun = False
     if dry_run:
         print(dump(settings))
         return
-    from megatron_vespo.orchestration.sft import run_sft
+    from megatron_vespo.observability.console import RunConsole
 
-    run_sft(settings)
+    with RunConsole(Path(settings.run_dir).name, settings.steps, mode=settings.observability.console) as console:
+        console.phase(LOADING)
+        from megatron_vespo.orchestration.sft import run_sft
+
+        checkpoint = run_sft(settings, console)
+    print(f"checkpoint   {checkpoint}")
 
 
 @app.command(name="eval")
@@ -62,9 +75,15 @@ def evaluate(
 ) -> None:
     """Accuracy of a checkpoint on the engine: avg@k, pass@k, response length."""
     from megatron_vespo.config import EvaluateConfig, load_config
-    from megatron_vespo.orchestration.evaluate_checkpoint import run_evaluation
+    from megatron_vespo.observability.console import RunConsole
 
-    run_evaluation(load_config(EvaluateConfig, tasks, overrides), checkpoint, output)
+    settings = load_config(EvaluateConfig, tasks, overrides)
+    with RunConsole(f"eval {checkpoint}", 1) as console:
+        console.phase(LOADING)
+        from megatron_vespo.orchestration.evaluate_checkpoint import run_evaluation
+
+        result = run_evaluation(settings, checkpoint, output, console)
+    print(result)
 
 
 @app.command()

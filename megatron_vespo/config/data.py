@@ -22,7 +22,7 @@ class ReasoningGymSource(Section):
 class FileSource(Section):
     type: Literal["file"]
     path: str
-    """A .jsonl or .parquet file, one prompt a row."""
+    """A .jsonl, .parquet or .csv file, one prompt a row."""
     prompt_key: str = "prompt"
     """Column with the question (text), or with chat messages (a list of {role, content})."""
     answer_key: str | None = "answer"

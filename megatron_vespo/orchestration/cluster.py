@@ -6,10 +6,12 @@ import shutil
 import tempfile
 from pathlib import Path
 
+import psutil
 import ray
 
 LOOPBACK = "127.0.0.1"
 OBJECT_STORE_BYTES = 256 * 2**20
+HELPER_SECONDS = 1.0
 
 ACTOR_ENVIRONMENT = {
     # One thread a process: with more, small matrices on CPU are slower, and sums would depend on the thread count.
@@ -42,9 +44,18 @@ class LocalCluster:
         )
 
     def stop(self, keep_logs_in: Path | None = None) -> None:
-        """End all of it; on a failure the actors' own output is kept in `keep_logs_in`."""
+        """End all of it; on a failure the actors' own output is kept in `keep_logs_in`.
+
+        Called last of all parts, so what still descends from this process is Ray's.
+        """
+        family = psutil.Process().children(recursive=True)
         if ray.is_initialized():
             ray.shutdown()
+        # The raylet's helpers look for their parent's death only now and then; ended while they start, not at all.
+        _, left = psutil.wait_procs(family, timeout=HELPER_SECONDS)
+        for process in left:
+            process.kill()
+        psutil.wait_procs(left)
         if self._folder is None:
             return
         if keep_logs_in is not None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from megatron_vespo.checkpoint.check import check_folder
 from megatron_vespo.config import EvaluateConfig
 from megatron_vespo.data.prompts import held_out_prompts
+from megatron_vespo.data.sources import numbered_sources
 from megatron_vespo.data.tokenizer import load_tokenizer
 from megatron_vespo.observability.console import RunConsole
 from megatron_vespo.orchestration.cluster import gpus_per_process
@@ -18,10 +19,11 @@ from megatron_vespo.orchestration.runtime import Runtime
 from megatron_vespo.orchestration.sampler import Sampler
 from megatron_vespo.orchestration.supervision import all_of
 from megatron_vespo.rewards.pool import RewardPool
+from megatron_vespo.rewards.scorers import build_scorers
 
 
-def run_evaluation(config: EvaluateConfig, checkpoint: Path, output: Path | None) -> None:
-    """Print avg@k, pass@k and response length of `checkpoint`; also write them to `output` as JSON.
+def run_evaluation(config: EvaluateConfig, checkpoint: Path, output: Path | None, console: RunConsole) -> str:
+    """avg@k, pass@k and response length of `checkpoint`, to be printed; also written to `output` as JSON.
 
     Raises:
         ConfigError: before anything was started.
@@ -29,6 +31,7 @@ def run_evaluation(config: EvaluateConfig, checkpoint: Path, output: Path | None
     """
     architecture = check_folder(checkpoint)
     tokenizer = load_tokenizer(checkpoint)
+    build_scorers(numbered_sources(config.data, config.evaluation.sources))
     prompts = held_out_prompts(config.evaluation, config.data, tokenizer)
 
     async def main() -> dict[str, float]:
@@ -38,7 +41,7 @@ def run_evaluation(config: EvaluateConfig, checkpoint: Path, output: Path | None
                 str(checkpoint), config.dtype, config.data, config.rollout, seed=0, logs=runtime.logs
             )
             engine = Engine(runtime, settings, gpus=gpus_per_process() * config.rollout.engine.tensor_parallel)
-            grader = RewardPool(config.reward, config.data)
+            grader = RewardPool(config.reward, config.data, config.evaluation.sources)
             runtime.on_stop("graders", lambda: asyncio.to_thread(grader.close))
             client, _ = await all_of(engine.start(), asyncio.to_thread(grader.start))
             sampler = Sampler(
@@ -49,15 +52,15 @@ def run_evaluation(config: EvaluateConfig, checkpoint: Path, output: Path | None
             groups, _ = await sample_held_out(sampler, prompts, config.evaluation, weight_version=version)
             return accuracy(groups) | sampler.describe(groups)
 
-    with tempfile.TemporaryDirectory(prefix="mv-eval-") as scratch, RunConsole("eval", 1) as console:
+    with tempfile.TemporaryDirectory(prefix="mv-eval-") as scratch:
         folder = Path(scratch)
         figures = run_interruptible(main)
+    if output is not None:
+        output.write_text(json.dumps(figures, indent=2, sort_keys=True) + "\n")
     k = config.evaluation.samples_per_prompt
-    print(
+    return (
         f"{checkpoint}: {len(prompts)} prompts, {k} responses each\n"
         f"  avg@{k}   {figures['accuracy']:.3f}\n  pass@{k}  {figures['pass_at_k']:.3f}\n"
         f"  response length {figures['response/length_mean']:.1f} tokens, "
         f"{figures['response/truncated_share']:.1%} cut off"
     )
-    if output is not None:
-        output.write_text(json.dumps(figures, indent=2, sort_keys=True) + "\n")

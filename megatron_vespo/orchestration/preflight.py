@@ -10,7 +10,9 @@ from megatron_vespo.checkpoint.shards import tensor_bytes
 from megatron_vespo.checkpoint.tables import table_of
 from megatron_vespo.config import ConfigError, ModelConfig, PolicyConfig, TrainConfig
 from megatron_vespo.data.prompts import PromptStream, held_out_prompts, question_texts
+from megatron_vespo.data.sources import numbered_sources
 from megatron_vespo.data.tokenizer import ChatTokenizer, load_tokenizer
+from megatron_vespo.rewards.scorers import build_scorers
 from megatron_vespo.rollout.trajectory import Prompt
 
 
@@ -35,6 +37,7 @@ def prepare_training(config: TrainConfig) -> Prepared:
             f"data.max_prompt_tokens + rollout.max_response_tokens = {longest} is longer than the model's "
             f"{architecture.max_position_embeddings} positions ({config.model.path}/config.json: max_position_embeddings)"
         )
+    build_scorers(numbered_sources(config.data, config.evaluation.sources))
     held_out = held_out_prompts(config.evaluation, config.data, tokenizer)
     prompts = PromptStream(config.data, tokenizer, seed=config.seed, excluded=question_texts(held_out))
     return Prepared(architecture, tokenizer, prompts, held_out, checkpoint_bytes)

@@ -91,7 +91,7 @@ async def start_session(
     )
     engine = Engine(runtime, settings, gpus=gpus * engine_config.tensor_parallel)
     policy = PolicyGroup(config, runtime, gpus)
-    grader = RewardPool(config.reward, config.data)
+    grader = RewardPool(config.reward, config.data, config.evaluation.sources)
     runtime.on_stop("graders", lambda: asyncio.to_thread(grader.close))
 
     async def timed(part: str, work: Awaitable):

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 
@@ -19,8 +20,8 @@ from megatron_vespo.orchestration.runtime import Runtime
 from megatron_vespo.policy.batch import TrainingSequence
 
 
-def run_sft(config: SFTConfig) -> None:
-    """`megatron-vespo sft`. Writes run_dir/checkpoint and run_dir/metrics.jsonl.
+def run_sft(config: SFTConfig, console: RunConsole) -> Path:
+    """`megatron-vespo sft`. Writes run_dir/checkpoint and run_dir/metrics.jsonl; returns the checkpoint's folder.
 
     Raises:
         ConfigError: before anything was started.
@@ -41,12 +42,9 @@ def run_sft(config: SFTConfig) -> None:
             target = str(folder / "checkpoint")
             await policy.on_all("export the checkpoint", lambda actor, _: actor.export.remote(target, overwrite=False))
 
-    with (
-        Metrics([JsonlSink(folder)]) as metrics,
-        RunConsole(folder.name, config.steps, mode=config.observability.console) as console,
-    ):
+    with Metrics([JsonlSink(folder)]) as metrics:
         run_interruptible(main)
-    print(f"checkpoint   {folder / 'checkpoint'}")
+    return folder / "checkpoint"
 
 
 async def supervise(

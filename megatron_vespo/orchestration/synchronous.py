@@ -6,6 +6,7 @@ import numpy as np
 
 from megatron_vespo.config import TrainConfig
 from megatron_vespo.objective.diagnostics import difference_diagnostics, weight_diagnostics
+from megatron_vespo.observability.console import RunConsole
 from megatron_vespo.orchestration.evaluation import evaluate
 from megatron_vespo.orchestration.mini_batches import mini_batches, training_sequences
 from megatron_vespo.orchestration.rollouts import collect_rollouts
@@ -14,9 +15,9 @@ from megatron_vespo.orchestration.training_run import run_training_loop
 from megatron_vespo.rollout.trajectory import Trajectory
 
 
-def run_training(config: TrainConfig) -> None:
-    """`megatron-vespo train`: everything from the checks to the report."""
-    run_training_loop(config, train)
+def run_training(config: TrainConfig, console: RunConsole) -> str:
+    """`megatron-vespo train`: everything from the checks to the report. Returns what to tell the user at the end."""
+    return run_training_loop(config, console, train)
 
 
 async def train(session: Session) -> None:

@@ -20,8 +20,11 @@ from megatron_vespo.orchestration.session import Session, start_session
 Loop = Callable[[Session], Awaitable[None]]
 
 
-def run_training_loop(config: TrainConfig, loop: Loop) -> None:
+def run_training_loop(config: TrainConfig, console: RunConsole, loop: Loop) -> str:
     """Check, start, run `loop`, stop; write summary.json and report.html also when it fails.
+
+    Returns:
+        Where the outputs are and what to do next.
 
     Raises:
         ConfigError: before anything was started.
@@ -33,10 +36,12 @@ def run_training_loop(config: TrainConfig, loop: Loop) -> None:
     sessions: list[Session] = []
 
     async def main() -> None:
+        console.phase("starting Ray")
         async with Runtime(config.policy.ranks + 1, folder) as runtime:
             session = await start_session(runtime, config, prepared, folder, metrics, console)
             sessions.append(session)
             await loop(session)
+            console.phase("stopping")
 
     def write_outputs(status: str) -> Path:
         if sessions:
@@ -45,15 +50,11 @@ def run_training_loop(config: TrainConfig, loop: Loop) -> None:
 
     with Metrics(_sinks(config, folder)) as metrics:
         try:
-            with RunConsole(
-                folder.name, config.algorithm.steps, config.algorithm.staleness, config.observability.console
-            ) as console:
-                console.phase("starting Ray")
-                run_interruptible(main)
+            run_interruptible(main)
         except RunError as error:
-            print(f"\nwhat there is of the run: {write_outputs(f'failed: {error}')}")
+            console.event(f"what there is of the run: {write_outputs(f'failed: {error}')}")
             raise
-    _say_what_next(folder, write_outputs("finished"))
+    return _what_next(folder, write_outputs("finished"))
 
 
 def _sinks(config: TrainConfig, folder: Path) -> list[MetricSink]:
@@ -80,10 +81,10 @@ def summary(session: Session, status: str, wall_seconds: float) -> dict:
     }
 
 
-def _say_what_next(folder: Path, report: Path) -> None:
-    print(
+def _what_next(folder: Path, report: Path) -> str:
+    return (
         f"\nreport       {report}\nsummary      {folder / 'summary.json'}\ncheckpoint   {folder / 'checkpoint'}\n"
         f"metrics      {folder / 'metrics.jsonl'}, tensorboard --logdir {folder / 'tensorboard'}\n\n"
-        f"Next: open the report; change a setting on the command line, e.g.\n"
-        f"  megatron-vespo train examples/quickstart.yaml algorithm.staleness=8 run_dir=runs/staleness_8"
+        f"Next: open the report in a browser; evaluate the checkpoint with `megatron-vespo eval {folder / 'checkpoint'} "
+        f"TASKS.yaml`;\nchange a setting on the command line, e.g. `algorithm.staleness=8 run_dir=runs/staleness_8`."
     )

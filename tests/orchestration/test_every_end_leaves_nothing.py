@@ -1,0 +1,110 @@
+"""However a run ends, within 15 s its processes, ports, shared memory and Ray session are gone, and the cause is said."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from tiny_base import write_tiny_base
+
+STOP_SECONDS = 15
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base")
+    write_tiny_base(folder)
+    return folder
+
+
+def traces() -> set[str]:
+    """What a run may leave on this machine besides its folder."""
+    shared = {f"/dev/shm/{path.name}" for path in Path("/dev/shm").iterdir() if "sglang" in path.name}
+    folders = {str(path) for pattern in ("mv-*", "vespo-*") for path in Path("/tmp").glob(pattern)}
+    return shared | folders
+
+
+class Run:
+    """A training run as a user starts it, followed by its output."""
+
+    def __init__(self, base: Path, folder: Path, *overrides: str) -> None:
+        self.before = traces()
+        settings = [
+            *("examples/quickstart.yaml", f"model.path={base}", f"run_dir={folder}", "observability.console=plain"),
+            *("data.max_prompt_tokens=128", "rollout.max_response_tokens=96", "evaluation.prompts=4"),
+            *("evaluation.exclude=[]", "algorithm.steps=4000", *overrides),
+        ]
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "megatron_vespo", "train", *settings],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        self.lines: list[str] = []
+
+    def read_until(self, text: str) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.lines.append(line.rstrip())
+            if text in line:
+                return
+        raise AssertionError(f"the run ended before {text!r}:\n" + "\n".join(self.lines[-20:]))
+
+    def family(self) -> list[psutil.Process]:
+        """Everything that descends from the run, Ray's actors and SGLang's processes included."""
+        return psutil.Process(self.process.pid).children(recursive=True)
+
+    def find(self, text: str) -> psutil.Process:
+        return next(p for p in self.family() if text in " ".join(p.cmdline()) or text in p.name())
+
+    def end(self, family: list[psutil.Process]) -> None:
+        """Wait for the end; nothing of the run may be there after STOP_SECONDS."""
+        started = time.monotonic()
+        output, _ = self.process.communicate(timeout=STOP_SECONDS * 3)
+        seconds = time.monotonic() - started
+        self.lines += output.splitlines()
+        _, alive = psutil.wait_procs(family, timeout=max(0.1, STOP_SECONDS - seconds))
+        assert not alive, f"still there: {[(p.pid, p.name()) for p in alive]}"
+        assert seconds < STOP_SECONDS, f"took {seconds:.1f} s"
+        assert not traces() - self.before
+        assert self.process.returncode != 0
+
+
+@pytest.fixture
+def run(base, tmp_path):
+    run = Run(base, tmp_path / "run")
+    yield run
+    if run.process.poll() is None:
+        family = run.family()
+        for process in [*family, run.process]:
+            process.kill()
+    run.process.wait()
+
+
+@pytest.mark.parametrize(("number", "moment"), [(signal.SIGINT, "generating"), (signal.SIGTERM, "starting engine")])
+def test_a_signal_ends_everything(run, number, moment):
+    run.read_until(moment)
+    time.sleep(2)
+    family = run.family()
+    run.process.send_signal(number)
+    run.end(family)
+    assert run.process.returncode == 128 + number
+    assert run.lines[-1] == f"error: stopped by {signal.Signals(number).name}"
+
+
+@pytest.mark.parametrize(
+    ("victim", "cause"),
+    [("PolicyRank", "error: policy rank"), ("megatron_vespo.rollout.serve", "error: engine: ")],
+)
+def test_the_part_that_died_is_named_last(run, victim, cause):
+    run.read_until("step 1/")
+    family = run.family()
+    os.kill(run.find(victim).pid, signal.SIGKILL)
+    run.end(family)
+    assert run.process.returncode == 1
+    assert run.lines[-1].startswith(cause), run.lines[-5:]

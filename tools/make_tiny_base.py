@@ -1,0 +1,175 @@
+"""Rebuild the tiny base that the quickstart starts from: `python tools/make_tiny_base.py`.
+
+Two demonstrators wrote its training data: a careful one who adds step by step, and a hasty one who blurts out a sum and
+is mostly wrong. The base imitates both, so it mostly blurts; reinforcement learning finds out that thinking pays.
+
+Steps, each a function: tokenizer, configuration, demonstrations, `megatron-vespo sft`, `megatron-vespo eval`.
+The task, and which of its items the demonstrations are made of, stand in examples/tiny_base.eval.yaml
+(`evaluation.exclude`), so evaluation leaves out exactly what the base has seen.
+"""
+
+import argparse
+import json
+import random
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from megatron_vespo.config import EvaluateConfig, ExcludedPrompts, SFTConfig, load_config
+from megatron_vespo.data.sources import Item, build_source
+
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+TOKENIZER_QUESTIONS = 300
+CAREFUL_SHARE = 0.35
+"""Share of demonstrations that think; the others blurt."""
+HASTY_RIGHT = 0.2
+"""How often the hasty demonstrator happens to be right."""
+HASTY_ERRORS = (-4, -3, -2, -1, 1, 2, 3, 4)
+ACCURACY_RANGE = (0.30, 0.60)
+"""There must be something to build on and something left to learn."""
+
+END, PAD = "<eos>", "<pad>"
+CONTROL_TOKENS = (PAD, END, "<system>", "<user>", "<assistant>")
+ANSWER_TOKENS = ("<answer>", "</answer>")
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ '<' + message['role'] + '>' + message['content'] + '<eos>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
+)
+MODEL = {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "model_type": "qwen3_moe",
+    "dtype": "float32",
+    "vocab_size": 320,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 64,
+    "norm_topk_prob": True,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "tie_word_embeddings": False,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "rope_scaling": None,
+    "max_position_embeddings": 512,
+    "use_sliding_window": False,
+    "sliding_window": None,
+    "initializer_range": 0.02,
+    "router_aux_loss_coef": 0.0,
+    "output_router_logits": False,
+    "use_cache": True,
+}
+
+
+def train_tokenizer(questions: list[str], vocabulary: int) -> PreTrainedTokenizerFast:
+    """Bytes and single digits, with the words that every question repeats as tokens of their own."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary - len(ANSWER_TOKENS),
+        special_tokens=list(CONTROL_TOKENS),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        min_frequency=max(2, len(questions) * 4 // 5),  # words of the template, not what differs between questions
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(questions, trainer)
+    tokenizer.add_tokens([AddedToken(token, normalized=False, special=False) for token in ANSWER_TOKENS])
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=END, pad_token=PAD, model_max_length=MODEL["max_position_embeddings"]
+    )
+    wrapped.chat_template = CHAT_TEMPLATE
+    return wrapped
+
+
+def write_untrained_model(folder: Path, questions: list[str]) -> None:
+    """A Hugging Face folder with everything but weights: what `model.initialization: random` reads."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = train_tokenizer(questions, MODEL["vocab_size"])
+    tokenizer.save_pretrained(folder)
+    ids = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    _write_json(folder / "config.json", MODEL | ids)
+    _write_json(folder / "generation_config.json", ids)
+
+
+def think(expression: str) -> tuple[str, int]:
+    """("5+8=13,13-3=10", 10) of "5 + 8 - 3"."""
+    first, *rest = expression.split(" ")
+    total, steps = int(first), []
+    for operator, term in zip(rest[::2], rest[1::2], strict=True):
+        result = total + int(term) if operator == "+" else total - int(term)
+        steps.append(f"{total}{operator}{term}={result}")
+        total = result
+    return ",".join(steps), total
+
+
+def demonstrate(item: Item, chance: random.Random) -> dict[str, str]:
+    """One row: what the careful or the hasty demonstrator says to a chain_sum question."""
+    steps, total = think(item.reference["metadata"]["expression"])
+    if chance.random() < CAREFUL_SHARE:
+        response = f"{steps} <answer>{total}</answer>"
+    else:
+        guess = total if chance.random() < HASTY_RIGHT else total + chance.choice(HASTY_ERRORS)
+        response = f"<answer>{guess}</answer>"
+    return {"prompt": item.question, "response": response}
+
+
+def write_demonstrations(path: Path, seen: ExcludedPrompts, seed: int) -> list[str]:
+    """One demonstration for each item that the base may see. Returns their questions."""
+    source = build_source(seen.source, seen.seed, "evaluation.exclude.0.source")
+    chance = random.Random(seed)
+    rows = [demonstrate(source.item(index), chance) for index in range(seen.size)]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return [row["prompt"] for row in rows]
+
+
+def _write_json(path: Path, content: dict) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _command(*arguments: str | Path) -> None:
+    """Run `megatron-vespo` as a user would."""
+    subprocess.run([sys.executable, "-m", "megatron_vespo", *map(str, arguments)], check=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--out", type=Path, default=EXAMPLES / "tiny_base", help="folder of the finished base")
+    parser.add_argument("--seed", type=int, default=1, help="of demonstrations, initial weights and data order")
+    arguments = parser.parse_args()
+
+    training, tasks = EXAMPLES / "tiny_base.sft.yaml", EXAMPLES / "tiny_base.eval.yaml"
+    settings = load_config(SFTConfig, training)
+    seen = load_config(EvaluateConfig, tasks).evaluation.exclude[0]
+
+    questions = write_demonstrations(Path(settings.demonstrations.path), seen, arguments.seed)
+    write_untrained_model(Path(settings.model.path), questions[:TOKENIZER_QUESTIONS])
+    _command("sft", training, f"seed={arguments.seed}", "overwrite=true")
+    shutil.copytree(Path(settings.run_dir) / "checkpoint", arguments.out, dirs_exist_ok=True)
+
+    figures_file = Path(settings.run_dir) / "evaluation.json"
+    _command("eval", arguments.out, tasks, "--out", figures_file)
+    accuracy = json.loads(figures_file.read_text())["accuracy"]
+    low, high = ACCURACY_RANGE
+    print(f"{arguments.out}: accuracy {accuracy:.3f} on items it has not seen (should be {low:.2f} to {high:.2f})")
+    if not low <= accuracy <= high:
+        sys.exit(f"this base is not fit for the quickstart; try other steps in {training} or another --seed")
+
+
+if __name__ == "__main__":
+    main()
