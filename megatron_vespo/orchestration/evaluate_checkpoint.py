@@ -4,6 +4,7 @@ import asyncio
 import json
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from megatron_vespo.checkpoint.check import check_folder
 from megatron_vespo.config import EvaluateConfig
@@ -13,7 +14,7 @@ from megatron_vespo.data.tokenizer import load_tokenizer
 from megatron_vespo.observability.console import RunConsole
 from megatron_vespo.orchestration.cluster import gpus_per_process
 from megatron_vespo.orchestration.engine import Engine, engine_settings
-from megatron_vespo.orchestration.evaluation import accuracy, sample_held_out
+from megatron_vespo.orchestration.evaluation import describe_evaluation, sample_held_out
 from megatron_vespo.orchestration.interruption import run_interruptible
 from megatron_vespo.orchestration.runtime import Runtime
 from megatron_vespo.orchestration.sampler import Sampler
@@ -34,7 +35,7 @@ def run_evaluation(config: EvaluateConfig, checkpoint: Path, output: Path | None
     build_scorers(numbered_sources(config.data, config.evaluation.sources))
     prompts = held_out_prompts(config.evaluation, config.data, tokenizer)
 
-    async def main() -> dict[str, float]:
+    async def main() -> dict[str, Any]:
         console.phase("starting the engine")
         async with Runtime(1, folder) as runtime:
             settings = engine_settings(
@@ -50,7 +51,7 @@ def run_evaluation(config: EvaluateConfig, checkpoint: Path, output: Path | None
             console.phase("evaluating")
             version = await client.weight_version()
             groups, _ = await sample_held_out(sampler, prompts, config.evaluation, weight_version=version)
-            return accuracy(groups) | sampler.describe(groups)
+            return describe_evaluation(sampler, groups)
 
     with tempfile.TemporaryDirectory(prefix="mv-eval-") as scratch:
         folder = Path(scratch)

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -20,18 +21,10 @@ async def evaluate(session: Session, when: str, step: int) -> None:
     config = session.config
     session.console.phase("evaluating" if when == "during" else f"evaluating {when} training")
     groups, seconds = await sample_held_out(session.sampler, session.held_out, config.evaluation, weight_version=step)
-    figures = accuracy(groups)
+    figures = describe_evaluation(session.sampler, groups)
+    k = config.evaluation.samples_per_prompt
     session.record(
-        "evaluation",
-        step,
-        {
-            "when": when,
-            "k": config.evaluation.samples_per_prompt,
-            "prompts": len(groups),
-            **figures,
-            **session.sampler.describe(groups),
-            "time/evaluate": seconds,
-        },
+        "evaluation", step, {"when": when, "k": k, "prompts": len(groups), **figures, "time/evaluate": seconds}
     )
     if when != "during":
         session.tally.accuracy[when] = figures["accuracy"]
@@ -59,10 +52,19 @@ async def sample_held_out(
     return groups, sampling + grading
 
 
-def accuracy(groups: list[Group]) -> dict[str, float]:
-    """avg@k: share of correct responses; pass@k: share of prompts with at least one correct response of k."""
+def describe_evaluation(sampler: Sampler, groups: list[Group]) -> dict[str, Any]:
+    """accuracy is avg@k, the share of correct responses; pass@k the share of prompts with a correct one among k."""
     correct = np.array([[t.reward >= CORRECT for t in group.trajectories] for group in groups])
-    return {"accuracy": float(correct.mean()), "pass_at_k": float(correct.any(axis=1).mean())}
+    figures = sampler.describe(groups)
+    shared = (
+        "reward/mean",
+        *(f"response/{name}" for name in ("length_mean", "tokens", "truncated_share", "fingerprint")),
+    )
+    return {
+        "accuracy": float(correct.mean()),
+        "pass_at_k": float(correct.any(axis=1).mean()),
+        **{name: figures[name] for name in shared},
+    }
 
 
 def write_samples(path: Path, groups: list[Group], count: int) -> None:

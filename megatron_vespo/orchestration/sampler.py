@@ -5,6 +5,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -14,7 +15,7 @@ from megatron_vespo.observability.console import RunConsole
 from megatron_vespo.orchestration.supervision import Supervisor
 from megatron_vespo.rewards.pool import OUTCOMES, RewardPool
 from megatron_vespo.rollout.client import EngineClient
-from megatron_vespo.rollout.trajectory import Group, Prompt
+from megatron_vespo.rollout.trajectory import Group, Prompt, fingerprint
 
 
 @dataclass
@@ -59,7 +60,7 @@ class Sampler:
         ordered = [groups[prompt.identity] for prompt in prompts]
         return ordered, sampled - started, time.monotonic() - sampled
 
-    def describe(self, groups: list[Group]) -> dict[str, float]:
+    def describe(self, groups: list[Group]) -> dict[str, Any]:
         """Figures of rewards and responses."""
         trajectories = [t for group in groups for t in group.trajectories]
         rewards = np.array([t.reward for t in trajectories])
@@ -77,5 +78,6 @@ class Sampler:
             "response/length_max": int(lengths.max()),
             "response/truncated_share": float(np.mean([t.truncated for t in trajectories])),
             "response/tokens": int(lengths.sum()),
+            "response/fingerprint": fingerprint(groups),
             "response/ids_beyond_tokenizer": sum(self.tokenizer.ids_beyond(t.response_ids) for t in trajectories),
         }

@@ -75,6 +75,9 @@ def command_line_arguments(
         # A request that always finds room is never retracted, and a retracted one would be sampled in another way.
         fitting = total // context_length
         arguments["max-running-requests"] = min(running or fitting, fitting)
+    if deterministic and device == "cpu":
+        # A prompt cut in two attends in two blocks, with other rounding; where it is cut depends on what else came.
+        arguments["chunked-prefill-size"] = -1
     return as_options(arguments | extra_arguments(engine))
 
 

@@ -1,5 +1,6 @@
 """What is known of one sampled response. The form in which rollouts travel to rewards and training."""
 
+import hashlib
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -76,3 +77,15 @@ class Group:
 
     prompt: Prompt
     trajectories: list[Trajectory] = field(default_factory=list)
+
+
+def fingerprint(groups: list[Group]) -> str:
+    """16 hexadecimal digits over every prompt, sampled token, log-prob and reward, in order; for bitwise comparison."""
+    digest = hashlib.blake2b(digest_size=8)
+    for trajectory in (t for group in groups for t in group.trajectories):
+        digest.update(trajectory.prompt.identity.encode())
+        digest.update(trajectory.prompt.token_ids.tobytes())
+        digest.update(trajectory.response_ids.tobytes())
+        digest.update(trajectory.behavior_log_probs.tobytes())
+        digest.update(np.float64(trajectory.reward).tobytes())
+    return digest.hexdigest()

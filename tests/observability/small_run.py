@@ -32,6 +32,7 @@ def rollout_row(batch: int) -> dict:
         **{f"response/{'length_' if name != 'truncated_share' else ''}{name}": value for name, value in length.items()},
         "response/tokens": 128,
         "response/ids_beyond_tokenizer": 0,
+        "response/fingerprint": "0123456789abcdef",
         "prompt/dropped_overlong": 0,
         "time/generate": 2.0,
         "time/reward_wait": 0.5,
@@ -67,14 +68,16 @@ def step_row(batch: int, age: int) -> dict:
 
 
 def sync_row(step: int) -> dict:
-    times = {"sync": 0.4, "gather": 0.1, "send": 0.1, "flush": 0.1, "verify": 0.1}
+    times = {"sync": 0.4, "send": 0.2, "flush": 0.1, "verify": 0.1}
     row = {"weight_version": step, "bytes": 1_000_000, "buckets": 1, "verified": True, "mismatches": 0}
     return {**row, **{f"time/{name}": seconds for name, seconds in times.items()}}
 
 
 def evaluation_row(when: str, accuracy: float) -> dict:
     row = {"when": when, "accuracy": accuracy, "pass_at_k": accuracy, "k": 1, "prompts": 64}
-    return {**row, "response/length_mean": 9.0, "time/evaluate": 3.0}
+    response = {"length_mean": 9.0, "tokens": 576, "truncated_share": 0.0, "fingerprint": "0123456789abcdef"}
+    row |= {f"response/{name}": value for name, value in response.items()}
+    return {**row, "reward/mean": accuracy, "time/evaluate": 3.0}
 
 
 def run_rows(batches: int = BATCHES):

@@ -21,6 +21,16 @@ def test_bitwise_equal_whatever_is_sampled_beside_it(engine):
 
 
 @pytest.mark.engine
+def test_bitwise_equal_when_more_prompts_wait_than_one_prefill_takes(engine):
+    """SGLang would cut a prompt in two to fill its prefill batch, and which one depends on when requests arrive."""
+    prompts = random_prompts(64)
+    rollout = RolloutConfig(group_size=8, max_response_tokens=2, deterministic=True)
+    at_once = sampled(collect(engine, prompts, rollout))
+    one_by_one = sampled(collect(engine, prompts, rollout.model_copy(update={"concurrent_groups": 1})))
+    assert at_once == one_by_one
+
+
+@pytest.mark.engine
 def test_samples_batches_and_runs_differ(engine):
     prompts = random_prompts(2)
     rollout = RolloutConfig(group_size=8, max_response_tokens=24, deterministic=True)

@@ -1,0 +1,38 @@
+"""Standard input: sequences of token ids as JSON. Prints the trainer's log-probs of each token after the first."""
+
+import json
+import socket
+import sys
+
+import numpy as np
+
+from megatron_vespo.checkpoint.hf_config import read_architecture
+from megatron_vespo.checkpoint.load import load_hf_weights
+from megatron_vespo.config import ModelConfig, OptimizerConfig, PolicyConfig
+from megatron_vespo.policy.batch import TrainingSequence, pack
+from megatron_vespo.policy.policy import MegatronPolicy
+
+folder = sys.argv[1]
+with socket.create_server(("127.0.0.1", 0)) as listener:
+    port = listener.getsockname()[1]
+architecture = read_architecture(folder)
+policy = MegatronPolicy(
+    architecture,
+    ModelConfig(path=folder, dtype="float32"),
+    PolicyConfig(),
+    OptimizerConfig(),
+    total_steps=1,
+    seed=0,
+    rank=0,
+    world_size=1,
+    master_address="127.0.0.1",
+    master_port=port,
+    temperature=1.0,
+)
+load_hf_weights(policy.model, architecture, folder)
+sequences = [
+    TrainingSequence(np.array(t), np.ones(len(t) - 1, bool), np.zeros(len(t) - 1, np.float32), 1.0, key)
+    for key, t in enumerate(json.load(sys.stdin))
+]
+(log_probs,) = policy.log_probs([pack(sequences)])
+print(json.dumps(log_probs.view(len(sequences), -1).tolist()))
