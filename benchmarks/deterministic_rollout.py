@@ -16,6 +16,7 @@ import os
 import statistics
 import tempfile
 import time
+import urllib.request
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -42,7 +43,13 @@ class FixedLengthClient(EngineClient):
         return await super().generate(input_ids, sampling_params, request_ids, **options)
 
 
-def server(config: TrainConfig, kind: str, logs: Path) -> EngineServer:
+def freeze_garbage(url: str) -> None:
+    """SGLang asks itself for this when it starts, and is sometimes refused: then it collects garbage for longer."""
+    with urllib.request.urlopen(urllib.request.Request(f"{url}/freeze_gc", method="POST"), timeout=60) as answer:
+        answer.read()
+
+
+def engine_server(config: TrainConfig, kind: str, logs: Path) -> EngineServer:
     return EngineServer(
         config.model.path,
         config.model.dtype,
@@ -129,7 +136,7 @@ def table(rows: list[dict]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--passes", type=int, default=5)
+    parser.add_argument("--passes", type=int, default=9)
     parser.add_argument("--out", type=Path, help="write every measurement here, as JSON")
     options = parser.parse_args()
 
@@ -146,7 +153,9 @@ def main() -> None:
         "response_tokens": RESPONSE_TOKENS,
     }
     with tempfile.TemporaryDirectory() as logs, contextlib.ExitStack() as stack:
-        servers = {kind: stack.enter_context(server(config, kind, Path(logs))) for kind in KINDS}
+        servers = {kind: stack.enter_context(engine_server(config, kind, Path(logs))) for kind in KINDS}
+        for server in servers.values():
+            freeze_garbage(server.url)
         rows = asyncio.run(measure({kind: servers[kind].url for kind in KINDS}, config, options.passes))
     print(table(rows))
     if options.out:

@@ -19,6 +19,7 @@ from megatron_vespo.config.run import (
     EvaluationConfig,
     ObservabilityConfig,
     SFTConfig,
+    SinksConfig,
     TrainConfig,
 )
 from megatron_vespo.config.section import Section
@@ -49,6 +50,7 @@ __all__ = [
     "SFTConfig",
     "SamplingConfig",
     "Section",
+    "SinksConfig",
     "Source",
     "TrainConfig",
     "WeightSyncConfig",

@@ -1,8 +1,9 @@
 """The learning algorithm: steps, staleness, advantages, objective."""
 
+from collections.abc import Iterator
 from typing import Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt
 
 from megatron_vespo.config.section import Section
 
@@ -51,18 +52,18 @@ class AlgorithmConfig(Section):
     def rollout_batch_prompts(self) -> int:
         return self.staleness * self.prompts_per_step
 
-    @model_validator(mode="after")
-    def batches_divide(self):
+    def own_problems(self) -> Iterator[tuple[str, str]]:
         if self.steps % self.staleness:
             nearest = -(-self.steps // self.staleness) * self.staleness
-            raise ValueError(
-                f"steps ({self.steps}) is not a multiple of staleness ({self.staleness}): "
-                f"each rollout batch is {self.staleness} steps. Use steps={nearest}"
+            yield (
+                "steps",
+                f"{self.steps} is not a multiple of staleness ({self.staleness}): each rollout batch is "
+                f"{self.staleness} steps. Use steps={nearest}",
             )
         stated = self.prompts_per_rollout_batch
         if stated is not None and stated != self.rollout_batch_prompts:
-            raise ValueError(
-                f"prompts_per_rollout_batch ({stated}) is not staleness * prompts_per_step "
-                f"({self.staleness} * {self.prompts_per_step} = {self.rollout_batch_prompts}); leave it out to derive it"
+            yield (
+                "prompts_per_rollout_batch",
+                f"{stated} is not staleness * prompts_per_step ({self.staleness} * {self.prompts_per_step} = "
+                f"{self.rollout_batch_prompts}); leave it out to derive it",
             )
-        return self

@@ -1,5 +1,6 @@
 """Where prompts come from and how responses are graded."""
 
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt
@@ -46,12 +47,16 @@ Source = Annotated[ReasoningGymSource | FileSource | CustomSource, Field(discrim
 
 
 class DataConfig(Section):
-    sources: tuple[Source, ...] = Field(min_length=1)
+    sources: tuple[Source, ...]
     max_prompt_tokens: PositiveInt = 1024
     overlong_prompts: Literal["drop", "error"] = "drop"
     """What happens to a prompt longer than `max_prompt_tokens`; dropped ones are counted."""
     system_prompt: str | None = None
     """A system message put before each question."""
+
+    def own_problems(self) -> Iterator[tuple[str, str]]:
+        if not self.sources:
+            yield "sources", "at least one source of prompts is needed"
 
 
 class RewardConfig(Section):

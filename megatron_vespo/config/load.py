@@ -5,9 +5,12 @@ from typing import Any, TypeVar
 
 import yaml
 from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 
 from megatron_vespo.config.section import Section
 from megatron_vespo.errors import ConfigError
+
+SOURCE_TYPES = ("reasoning_gym", "file", "custom")
 
 C = TypeVar("C", bound=Section)
 
@@ -23,16 +26,29 @@ def load_config(kind: type[C], path: str | Path, overrides: list[str] | None = N
         values = yaml.safe_load(path.read_text())
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such configuration file") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not readable as YAML: {error}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected a mapping of settings at the top, found {type(values).__name__}")
+    values = without_aliases(values)
     for override in overrides or []:
         apply_override(values, override)
     try:
-        return kind.model_validate(values)
+        config = kind.model_validate(values)
     except ValidationError as error:
-        raise ConfigError(describe(error, str(path))) from None
+        raise ConfigError(listed(path, [describe(item) for item in error.errors()])) from None
+    if problems := [f"{key}: {message}" for key, message in config.problems()]:
+        raise ConfigError(listed(path, problems))
+    return config
+
+
+def without_aliases(node: Any) -> Any:
+    """A copy in which nothing occurs twice: YAML's anchors (&, *) are one object, and an override would change both."""
+    if isinstance(node, dict):
+        return {key: without_aliases(value) for key, value in node.items()}
+    return [without_aliases(item) for item in node] if isinstance(node, list) else node
 
 
 def apply_override(values: dict[str, Any], override: str) -> None:
@@ -72,18 +88,24 @@ def _index(node: list, name: str, override: str) -> int:
     return int(name)
 
 
-def describe(error: ValidationError, origin: str) -> str:
-    """One line per mistake: where, what, what was given."""
-    lines = []
-    for item in error.errors():
-        where = ".".join(str(part) for part in item["loc"]) or "(whole configuration)"
-        message = item["msg"].removeprefix("Value error, ")
-        if item["type"] == "extra_forbidden":
-            message = "unknown key"
-        elif item["type"] == "missing":
-            message = "required, and missing"
-        elif item["type"] != "value_error":
-            message += f", found {item['input']!r}"
-        lines.append(f"  {where}: {message}")
-    count = f"{len(lines)} mistake{'s' if len(lines) > 1 else ''}"
-    return f"{origin}: {count}\n" + "\n".join(lines)
+def describe(item: ErrorDetails) -> str:
+    """One mistake: where (in the form that overrides take), what, and what was given."""
+    steps = [str(step) for step in item["loc"]]
+    where = ".".join(step for number, step in enumerate(steps) if not _is_tag(steps, number)) or "(whole configuration)"
+    if item["type"] == "extra_forbidden":
+        return f"{where}: unknown key"
+    if item["type"] == "missing":
+        return f"{where}: required, and missing"
+    return f"{where}: {item['msg']}, found {item['input']!r}"
+
+
+def _is_tag(steps: list[str], number: int) -> bool:
+    """pydantic puts a source's `type` into the path, behind its position or its key."""
+    return (
+        steps[number] in SOURCE_TYPES and number > 0 and (steps[number - 1].isdigit() or steps[number - 1] == "source")
+    )
+
+
+def listed(path: Path, mistakes: list[str]) -> str:
+    count = f"{len(mistakes)} mistake{'s' if len(mistakes) > 1 else ''}"
+    return f"{path}: {count}\n" + "\n".join(f"  {mistake}" for mistake in mistakes)

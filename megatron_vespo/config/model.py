@@ -1,8 +1,9 @@
 """The model that is trained, and how the trainer computes it."""
 
-from typing import Literal
+from collections.abc import Iterator
+from typing import Annotated, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt
 
 from megatron_vespo.config.section import Section
 
@@ -43,18 +44,20 @@ class PolicyConfig(Section):
     step_timeout_seconds: PositiveFloat = 1800.0
     """Longest that one call to the trainer may take before the run is ended."""
 
-    @model_validator(mode="after")
-    def layout_factors_the_ranks(self):
+    def own_problems(self) -> Iterator[tuple[str, str]]:
         if self.ranks % self.layout.ep:
-            raise ValueError(
-                f"ranks ({self.ranks}) is not a multiple of layout.ep ({self.layout.ep}): "
-                "experts are spread over data-parallel ranks"
+            yield (
+                "ranks",
+                f"{self.ranks} is not a multiple of layout.ep ({self.layout.ep}): experts are spread over "
+                "data-parallel ranks",
             )
-        return self
 
     @property
     def data_parallel_size(self) -> int:
         return self.ranks
+
+
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class OptimizerConfig(Section):
@@ -65,7 +68,7 @@ class OptimizerConfig(Section):
     """Where `schedule` ends."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     warmup_steps: int = Field(default=0, ge=0)
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
     epsilon: PositiveFloat = 1e-8
     weight_decay: float = Field(default=0.0, ge=0)
     weight_decay_exempt: tuple[str, ...] = ("*.bias", "*norm*.weight", "*layernorm*")
@@ -73,17 +76,14 @@ class OptimizerConfig(Section):
     gradient_clip: float = Field(default=1.0, ge=0)
     """Largest global gradient norm; 0 does not clip."""
 
-    @model_validator(mode="after")
-    def rate_falls(self):
+    def own_problems(self) -> Iterator[tuple[str, str]]:
         if self.min_learning_rate > self.learning_rate:
-            raise ValueError(
-                f"min_learning_rate ({self.min_learning_rate}) is larger than learning_rate ({self.learning_rate})"
-            )
-        return self
+            yield "min_learning_rate", f"{self.min_learning_rate} is larger than learning_rate ({self.learning_rate})"
 
-    def check_warmup(self, steps: int) -> None:
-        """Raises ValueError where the warm-up does not end within a run of `steps`."""
+    def warmup_problems(self, steps: int) -> Iterator[tuple[str, str]]:
+        """For a run of `steps` optimizer steps."""
         if self.warmup_steps >= steps:
-            raise ValueError(
-                f"optimizer.warmup_steps ({self.warmup_steps}) must be less than the steps of the run ({steps})"
+            yield (
+                "optimizer.warmup_steps",
+                f"{self.warmup_steps} must be less than the steps of the run ({steps})",
             )

@@ -1,8 +1,9 @@
 """How responses are sampled."""
 
+from collections.abc import Iterator
 from typing import Any, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt
 
 from megatron_vespo.config.section import Section
 
@@ -32,21 +33,26 @@ class EngineConfig(Section):
     """Size of the KV cache in tokens; None lets SGLang decide from memory."""
     max_running_requests: PositiveInt | None = None
     memory_fraction: float = Field(default=0.7, gt=0, lt=1)
-    port: PositiveInt | None = None
+    port: int | None = Field(default=None, ge=1, le=65535)
     """None: a free port. A port in use is replaced by a free one, and said."""
     startup_timeout_seconds: PositiveFloat = 600.0
     request_timeout_seconds: PositiveFloat = 1800.0
     extra_arguments: dict[str, Any] = Field(default_factory=dict)
     """Further arguments of `sglang.launch_server`, e.g. {"enable-metrics": true}."""
 
+    def own_problems(self) -> Iterator[tuple[str, str]]:
+        if self.tensor_parallel > 1:
+            yield "tensor_parallel", "only 1 is supported yet: weights on several engine ranks cannot be verified"
+
 
 class RolloutConfig(Section):
-    group_size: PositiveInt = 8
-    """Responses to one prompt."""
+    group_size: int = Field(default=8, ge=2)
+    """Responses to one prompt; a group's advantage needs at least two."""
     max_response_tokens: PositiveInt = 1024
     sampling: SamplingConfig = SamplingConfig()
     truncated: Literal["keep", "mask", "penalise"] = "keep"
-    """A response cut at `max_response_tokens`: trained on as graded; not trained on; graded less `truncation_penalty`."""
+    """A response cut at `max_response_tokens`: trained on as graded; not trained on (its reward still counts in its
+    group's mean); graded less `truncation_penalty`. Evaluations always grade as is."""
     truncation_penalty: float = Field(default=0.5, ge=0)
     deterministic: bool = False
     """Batch-invariant sampling with a seed for each sample: the same seed gives bitwise the same run. Costs speed."""
@@ -54,20 +60,20 @@ class RolloutConfig(Section):
     """Groups in flight on the engine at once."""
     engine: EngineConfig = EngineConfig()
 
-    @model_validator(mode="after")
-    def samples_the_models_own_distribution(self):
+    def own_problems(self) -> Iterator[tuple[str, str]]:
         if self.sampling.temperature == 0:
-            raise ValueError(
-                "sampling.temperature is 0: greedy responses of a group are all equal, nothing to learn from"
+            yield (
+                "sampling.temperature",
+                "0 is refused in training: greedy responses of a group are all equal, nothing to learn from",
             )
         for name in SamplingConfig.model_fields:
             value, neutral = getattr(self.sampling, name), getattr(NEUTRAL_SAMPLING, name)
             if name != "temperature" and value != neutral:
-                raise ValueError(
-                    f"sampling.{name} = {value} is refused in training: behavior log-probs would not be those of the "
-                    f"distribution that was sampled, and importance weights would be wrong. Leave it at {neutral}"
+                yield (
+                    f"sampling.{name}",
+                    f"{value} is refused in training: behavior log-probs would not be those of the distribution that "
+                    f"was sampled, and importance weights would be wrong. Leave it at {neutral}",
                 )
-        return self
 
 
 class WeightSyncConfig(Section):

@@ -1,8 +1,9 @@
 """The configuration of a whole run, one class per command."""
 
+from collections.abc import Iterator
 from typing import Literal
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt
 
 from megatron_vespo.config.algorithm import AlgorithmConfig
 from megatron_vespo.config.data import DataConfig, ExcludedPrompts, RewardConfig, Source
@@ -26,11 +27,19 @@ class EvaluationConfig(Section):
     exclude: tuple[ExcludedPrompts, ...] = ()
     """Prompts that the model has seen before this run."""
 
+    def seed_problems(self, key: str, rollout: RolloutConfig) -> Iterator[tuple[str, str]]:
+        """What cannot be sampled with a seed for each sample."""
+        if rollout.deterministic and self.sampling.min_p > 0:
+            yield f"{key}.sampling.min_p", "SGLang has no min_p with seeds (rollout.deterministic): set it to 0"
 
-class ObservabilityConfig(Section):
+
+class SinksConfig(Section):
     console: Literal["auto", "live", "plain"] = "auto"
     """`live` redraws one view, `plain` prints a line per step; `auto` is live on a terminal."""
     tensorboard: bool = True
+
+
+class ObservabilityConfig(SinksConfig):
     sample_responses: PositiveInt = 8
     """Responses kept for the report from each evaluation."""
 
@@ -55,27 +64,17 @@ class TrainConfig(Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     observability: ObservabilityConfig = ObservabilityConfig()
 
-    @model_validator(mode="after")
-    def step_feeds_every_rank(self):
+    def own_problems(self) -> Iterator[tuple[str, str]]:
         trajectories = self.algorithm.prompts_per_step * self.rollout.group_size
         ranks = self.policy.data_parallel_size
         if trajectories < ranks:
-            raise ValueError(
-                f"a step has {trajectories} trajectories (algorithm.prompts_per_step * rollout.group_size) "
-                f"but there are {ranks} data-parallel ranks: each needs at least one"
+            yield (
+                "algorithm.prompts_per_step",
+                f"a step has {trajectories} trajectories (prompts_per_step * rollout.group_size) but there are "
+                f"{ranks} data-parallel ranks: each needs at least one",
             )
-        return self
-
-    @model_validator(mode="after")
-    def warmup_ends(self):
-        self.optimizer.check_warmup(self.algorithm.steps)
-        return self
-
-    @model_validator(mode="after")
-    def groups_have_variance(self):
-        if self.rollout.group_size < 2:
-            raise ValueError("rollout.group_size is 1: a group's advantage needs at least two responses")
-        return self
+        yield from self.optimizer.warmup_problems(self.algorithm.steps)
+        yield from self.evaluation.seed_problems("evaluation", self.rollout)
 
 
 class DemonstrationsConfig(Section):
@@ -85,6 +84,10 @@ class DemonstrationsConfig(Section):
     """Demonstrations of one step."""
     max_tokens: PositiveInt = 4096
     """Longer demonstrations are an error that names the row."""
+
+
+class SFTOptimizerConfig(OptimizerConfig):
+    learning_rate: PositiveFloat = 1e-5
 
 
 class SFTConfig(Section):
@@ -97,13 +100,15 @@ class SFTConfig(Section):
     demonstrations: DemonstrationsConfig
     steps: PositiveInt
     policy: PolicyConfig = PolicyConfig()
-    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-5)
-    observability: ObservabilityConfig = ObservabilityConfig()
+    optimizer: SFTOptimizerConfig = SFTOptimizerConfig()
+    observability: SinksConfig = SinksConfig()
 
-    @model_validator(mode="after")
-    def warmup_ends(self):
-        self.optimizer.check_warmup(self.steps)
-        return self
+    def own_problems(self) -> Iterator[tuple[str, str]]:
+        yield from self.optimizer.warmup_problems(self.steps)
+
+
+class CheckpointEvaluationConfig(EvaluationConfig):
+    samples_per_prompt: PositiveInt = 4
 
 
 class EvaluateConfig(Section):
@@ -113,6 +118,9 @@ class EvaluateConfig(Section):
     reward: RewardConfig = RewardConfig()
     rollout: RolloutConfig = RolloutConfig()
     """Its `sampling` is not used: evaluation has its own."""
-    evaluation: EvaluationConfig = EvaluationConfig(samples_per_prompt=4)
+    evaluation: CheckpointEvaluationConfig = CheckpointEvaluationConfig()
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Of the engine, unless `rollout.engine.dtype` says otherwise."""
+
+    def own_problems(self) -> Iterator[tuple[str, str]]:
+        yield from self.evaluation.seed_problems("evaluation", self.rollout)

@@ -21,7 +21,12 @@ QUANTILES = {
 def weight_diagnostics(
     log_weight: NDArray[np.float64], phi: NDArray[np.float64], advantages: NDArray[np.float64]
 ) -> dict[str, float]:
-    """Distribution of importance weights and kernel coefficients over the trajectories of a step, each [s]."""
+    """Distribution of importance weights and kernel coefficients over the trained trajectories of a step, each [s].
+
+    All of it is NaN where a step trains on none.
+    """
+    if not len(log_weight):
+        log_weight, phi, advantages = (np.full(1, np.nan) for _ in range(3))
     row = {f"log_weight/{name}": float(np.quantile(log_weight, q)) for name, q in QUANTILES.items()}
     row |= {"log_weight/mean": float(log_weight.mean()), "log_weight/std": float(log_weight.std())}
     row |= {f"phi/{name}": float(np.quantile(phi, QUANTILES[name])) for name in ("min", "p10", "p50", "p90", "max")}

@@ -1,0 +1,6 @@
+"""Ray: cluster, actors, the loops, and what every end of a run leaves behind (nothing)."""
+
+import os
+
+# Ray's own switch, read when it is imported: without clusters of hosts, all of its servers listen on loopback only.
+os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"

@@ -3,23 +3,28 @@
 import logging
 import os
 import shutil
+import signal
 import tempfile
 from pathlib import Path
 
 import psutil
 import ray
 
+from megatron_vespo.config import ConfigError
+from megatron_vespo.rollout import process_tree
+
 LOOPBACK = "127.0.0.1"
 OBJECT_STORE_BYTES = 256 * 2**20
 HELPER_SECONDS = 1.0
 
-ACTOR_ENVIRONMENT = {
+CPU_ENVIRONMENT = {
     # One thread a process: with more, small matrices on CPU are slower, and sums would depend on the thread count.
     "OMP_NUM_THREADS": "1",
     # Megatron's jit fusers are torch.compile, which is slower than eager at CPU sizes.
     "TORCHDYNAMO_DISABLE": "1",
     "GLOO_SOCKET_IFNAME": "lo",
 }
+"""Of actors where there is no GPU."""
 
 
 class LocalCluster:
@@ -28,12 +33,17 @@ class LocalCluster:
     def __init__(self, processes: int) -> None:
         self._processes = processes
         self._folder: Path | None = None
+        self._others: list[psutil.Process] = []
 
     def start(self) -> None:
         # Unix socket paths are limited to about 107 characters, so the folder is not inside the run's.
         self._folder = Path(tempfile.mkdtemp(prefix="mv-"))
         os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+        self._others = psutil.Process().children(recursive=True)
+        # Ray puts its own SIGTERM handler in place, which would end this process before its cleanup.
+        handler = signal.getsignal(signal.SIGTERM)
         ray.init(
+            address="local",
             num_cpus=self._processes,
             include_dashboard=False,
             log_to_driver=False,
@@ -42,20 +52,19 @@ class LocalCluster:
             _temp_dir=str(self._folder),
             _node_ip_address=LOOPBACK,
         )
+        signal.signal(signal.SIGTERM, handler)
 
     def stop(self, keep_logs_in: Path | None = None) -> None:
         """End all of it; on a failure the actors' own output is kept in `keep_logs_in`.
 
-        Called last of all parts, so what still descends from this process is Ray's.
+        Called last of all parts, so what descends from this process and was not there before is Ray's.
         """
-        family = psutil.Process().children(recursive=True)
+        family = [process for process in psutil.Process().children(recursive=True) if process not in self._others]
         if ray.is_initialized():
             ray.shutdown()
         # The raylet's helpers look for their parent's death only now and then; ended while they start, not at all.
-        _, left = psutil.wait_procs(family, timeout=HELPER_SECONDS)
-        for process in left:
-            process.kill()
-        psutil.wait_procs(left)
+        process_tree.wait(family, HELPER_SECONDS)
+        process_tree.kill(family)
         if self._folder is None:
             return
         if keep_logs_in is not None:
@@ -67,10 +76,26 @@ class LocalCluster:
         self._folder = None
 
 
-def gpus_per_process() -> int:
-    """1 where the cluster has GPUs, else 0."""
-    return 1 if ray.cluster_resources().get("GPU", 0) else 0
+def gpus_per_process(processes: int) -> int:
+    """How many GPUs each of a run's `processes` gets: 1 where there are GPUs, else 0.
+
+    Raises:
+        ConfigError: there are GPUs, but not enough.
+    """
+    there = int(ray.cluster_resources().get("GPU", 0))
+    if 0 < there < processes:
+        raise ConfigError(
+            f"the run needs {processes} GPUs (policy.ranks and the engine's rollout.engine.tensor_parallel), "
+            f"this host has {there}: lower policy.ranks"
+        )
+    return 1 if there else 0
 
 
-def communication_backend() -> str:
-    return "nccl" if gpus_per_process() else "gloo"
+def actor_options(gpus: int) -> dict:
+    """Ray options of an actor with `gpus` GPUs."""
+    environment = {} if gpus else CPU_ENVIRONMENT
+    return {"num_cpus": 1, "num_gpus": gpus, "runtime_env": {"env_vars": environment}}
+
+
+def communication_backend(gpus: int) -> str:
+    return "nccl" if gpus else "gloo"

@@ -7,22 +7,26 @@ from typing import Any
 import ray
 
 from megatron_vespo.config import DataConfig, RolloutConfig
-from megatron_vespo.orchestration.cluster import ACTOR_ENVIRONMENT
+from megatron_vespo.orchestration.cluster import actor_options
 from megatron_vespo.orchestration.engine_actor import EngineActor
 from megatron_vespo.orchestration.runtime import Runtime
 from megatron_vespo.orchestration.supervision import from_part
 from megatron_vespo.rollout.client import EngineClient
 
 PART = "engine"
+STOP_SECONDS = 5.0
 
 
 class Engine:
-    def __init__(self, runtime: Runtime, settings: dict[str, Any], gpus: int) -> None:
+    def __init__(
+        self, runtime: Runtime, settings: dict[str, Any], gpus: int, weights_timeout_seconds: float = 600.0
+    ) -> None:
         """`settings`: arguments of `EngineServer`."""
+        self._weights_timeout_seconds = weights_timeout_seconds
         self._supervisor = runtime.supervisor
         self._settings = settings
         self._actor = EngineActor.options(  # pyright: ignore[reportAttributeAccessIssue]
-            num_cpus=1, num_gpus=gpus, runtime_env={"env_vars": ACTOR_ENVIRONMENT}
+            **actor_options(gpus)
         ).remote(settings)
         self._client: EngineClient | None = None
         runtime.on_stop(PART, self.stop)
@@ -32,14 +36,26 @@ class Engine:
         timeout = self._settings["engine"].startup_timeout_seconds
         url = await self._supervisor.wait("start the engine", from_part(PART, self._actor.start.remote()), timeout)
         self._supervisor.watch(PART, self._actor.hold.remote())
-        self._client = EngineClient(url, timeout_seconds=self._settings["engine"].request_timeout_seconds)
+        self._client = EngineClient(
+            url,
+            timeout_seconds=self._settings["engine"].request_timeout_seconds,
+            weights_timeout_seconds=self._weights_timeout_seconds,
+        )
+        return self._client
+
+    @property
+    def client(self) -> EngineClient:
+        if self._client is None:
+            raise RuntimeError("the engine was not started")
         return self._client
 
     async def stop(self) -> None:
         if self._client is not None:
             await self._client.close()
-        await asyncio.wait_for(self._actor.stop.remote(), timeout=6.0)
-        ray.kill(self._actor)
+        try:
+            await asyncio.wait_for(self._actor.stop.remote(), STOP_SECONDS)
+        finally:
+            ray.kill(self._actor)
 
 
 def engine_settings(

@@ -12,7 +12,7 @@ from megatron_vespo.rollout.server import EngineServer
 POLL_SECONDS = 0.5
 
 
-@ray.remote(max_restarts=0, concurrency_groups={"sentinel": 1})
+@ray.remote(max_restarts=0, concurrency_groups={"sentinel": 1, "control": 1})  # pyright: ignore[reportCallIssue]
 class EngineActor:
     """`settings` are `EngineServer`'s arguments."""
 
@@ -25,7 +25,9 @@ class EngineActor:
         self._server.start()
         return self._server.url
 
+    @ray.method(concurrency_group="control")
     def stop(self) -> None:
+        """May be called while `start` still waits for the server."""
         self._stopping.set()
         self._server.stop()
 

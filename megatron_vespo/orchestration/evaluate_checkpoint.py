@@ -16,10 +16,11 @@ from megatron_vespo.orchestration.cluster import gpus_per_process
 from megatron_vespo.orchestration.engine import Engine, engine_settings
 from megatron_vespo.orchestration.evaluation import describe_evaluation, sample_held_out
 from megatron_vespo.orchestration.interruption import run_interruptible
+from megatron_vespo.orchestration.preflight import check_engine
 from megatron_vespo.orchestration.runtime import Runtime
 from megatron_vespo.orchestration.sampler import Sampler
 from megatron_vespo.orchestration.supervision import all_of
-from megatron_vespo.rewards.pool import RewardPool
+from megatron_vespo.rewards.pool import OUTCOMES, RewardPool
 from megatron_vespo.rewards.scorers import build_scorers
 
 
@@ -31,6 +32,7 @@ def run_evaluation(config: EvaluateConfig, checkpoint: Path, output: Path | None
         RunError: the engine failed, or the command was stopped.
     """
     architecture = check_folder(checkpoint)
+    check_engine(str(checkpoint), config.dtype, architecture, config.data, config.rollout)
     tokenizer = load_tokenizer(checkpoint)
     build_scorers(numbered_sources(config.data, config.evaluation.sources))
     prompts = held_out_prompts(config.evaluation, config.data, tokenizer)
@@ -41,16 +43,17 @@ def run_evaluation(config: EvaluateConfig, checkpoint: Path, output: Path | None
             settings = engine_settings(
                 str(checkpoint), config.dtype, config.data, config.rollout, seed=0, logs=runtime.logs
             )
-            engine = Engine(runtime, settings, gpus=gpus_per_process() * config.rollout.engine.tensor_parallel)
-            grader = RewardPool(config.reward, config.data, config.evaluation.sources)
+            engine = Engine(runtime, settings, gpus=gpus_per_process(config.rollout.engine.tensor_parallel))
+            grader = RewardPool(config.reward, config.data, config.evaluation.sources, runtime.logs / "graders.log")
             runtime.on_stop("graders", lambda: asyncio.to_thread(grader.close))
-            client, _ = await all_of(engine.start(), asyncio.to_thread(grader.start))
+            starting = all_of(engine.start(), asyncio.to_thread(grader.start))
+            timeout = config.rollout.engine.startup_timeout_seconds
+            await runtime.supervisor.wait("start engine and graders", starting, timeout)
             sampler = Sampler(
-                client, grader, tokenizer, architecture.vocab_size, config.rollout, runtime.supervisor, console
+                engine.client, grader, tokenizer, architecture.vocab_size, config.rollout, runtime.supervisor, console
             )
             console.phase("evaluating")
-            version = await client.weight_version()
-            groups, _ = await sample_held_out(sampler, prompts, config.evaluation, weight_version=version)
+            groups, _ = await sample_held_out(sampler, prompts, config.evaluation, weight_version=0)
             return describe_evaluation(sampler, groups)
 
     with tempfile.TemporaryDirectory(prefix="mv-eval-") as scratch:
@@ -59,7 +62,12 @@ def run_evaluation(config: EvaluateConfig, checkpoint: Path, output: Path | None
     if output is not None:
         output.write_text(json.dumps(figures, indent=2, sort_keys=True) + "\n")
     k = config.evaluation.samples_per_prompt
-    return (
+    failed = [
+        f"  {figures[f'reward/outcome/{kind}']} gradings ended as {kind}\n"
+        for kind in OUTCOMES
+        if kind != "graded" and figures[f"reward/outcome/{kind}"]
+    ]
+    return "".join(failed) + (
         f"{checkpoint}: {len(prompts)} prompts, {k} responses each\n"
         f"  avg@{k}   {figures['accuracy']:.3f}\n  pass@{k}  {figures['pass_at_k']:.3f}\n"
         f"  response length {figures['response/length_mean']:.1f} tokens, "

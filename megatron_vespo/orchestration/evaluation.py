@@ -55,15 +55,10 @@ async def sample_held_out(
 def describe_evaluation(sampler: Sampler, groups: list[Group]) -> dict[str, Any]:
     """accuracy is avg@k, the share of correct responses; pass@k the share of prompts with a correct one among k."""
     correct = np.array([[t.reward >= CORRECT for t in group.trajectories] for group in groups])
-    figures = sampler.describe(groups)
-    shared = (
-        "reward/mean",
-        *(f"response/{name}" for name in ("length_mean", "tokens", "truncated_share", "fingerprint")),
-    )
     return {
         "accuracy": float(correct.mean()),
         "pass_at_k": float(correct.any(axis=1).mean()),
-        **{name: figures[name] for name in shared},
+        **sampler.describe(groups),
     }
 
 

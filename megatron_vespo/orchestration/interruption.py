@@ -41,4 +41,6 @@ def run_interruptible(main: Callable[[], Awaitable[T]]) -> T:
     try:
         return asyncio.run(guarded())
     except asyncio.CancelledError:
-        raise Interrupted(received[0] if received else signal.SIGINT) from None
+        if not received:
+            raise
+        raise Interrupted(received[0]) from None

@@ -7,7 +7,7 @@ import ray
 from ray import ObjectRef
 
 from megatron_vespo.config import ObjectiveConfig, SFTConfig, TrainConfig
-from megatron_vespo.orchestration.cluster import ACTOR_ENVIRONMENT
+from megatron_vespo.orchestration.cluster import actor_options
 from megatron_vespo.orchestration.policy_rank import PolicyRank
 from megatron_vespo.orchestration.runtime import Runtime
 from megatron_vespo.orchestration.supervision import all_of, from_part
@@ -22,16 +22,16 @@ class PolicyGroup:
         self._supervisor = runtime.supervisor
         runtime.on_stop("policy", self.stop)
         self.ranks = [
-            PolicyRank.options(  # pyright: ignore[reportAttributeAccessIssue]
-                num_cpus=1, num_gpus=gpus_per_rank, runtime_env={"env_vars": ACTOR_ENVIRONMENT}
-            ).remote(rank, config.model, config.policy, config.optimizer)
+            PolicyRank.options(**actor_options(gpus_per_rank)).remote(  # pyright: ignore[reportAttributeAccessIssue]
+                rank, config.model, config.policy, config.optimizer
+            )
             for rank in range(config.policy.ranks)
         ]
         for rank, actor in enumerate(self.ranks):
             runtime.supervisor.watch(f"policy rank {rank}", actor.hold.remote())
 
     async def build(self, total_steps: int, seed: int, temperature: float) -> None:
-        port = await self.on_first("find a port", lambda actor: actor.free_port.remote())
+        port = await self.on_first("open the trainer's port", lambda actor: actor.listen_for_ranks.remote())
         await self.on_all("start policy", lambda actor, _: actor.build.remote(port, total_steps, seed, temperature))
 
     async def train_step(self, sequences: list[TrainingSequence], objective: ObjectiveConfig | None) -> StepResult:

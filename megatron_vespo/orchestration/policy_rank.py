@@ -11,12 +11,13 @@ from megatron_vespo.config import ModelConfig, ObjectiveConfig, OptimizerConfig,
 from megatron_vespo.orchestration.cluster import LOOPBACK
 from megatron_vespo.policy.batch import MicroBatch
 from megatron_vespo.policy.result import StepResult
+from megatron_vespo.rendezvous import listen, port_of
 from megatron_vespo.weights.buckets import Bucket, TensorSpec
 
 WEIGHT_GROUP = "megatron_vespo_weights"
 
 
-@ray.remote(max_restarts=0, concurrency_groups={"sentinel": 1})
+@ray.remote(max_restarts=0, concurrency_groups={"sentinel": 1})  # pyright: ignore[reportCallIssue]
 class PolicyRank:
     """Rank `rank` of `policy.ranks`. Methods that talk to other ranks must be called on all of them."""
 
@@ -25,11 +26,13 @@ class PolicyRank:
         self._model_config = model
         self._policy_config = policy
         self._optimizer_config = optimizer
+        self._listener: socket.socket | None = None
         self._sender: Any = None
 
-    def free_port(self) -> int:
-        with socket.create_server((LOOPBACK, 0)) as listener:
-            return listener.getsockname()[1]
+    def listen_for_ranks(self) -> int:
+        """Rank 0 only. Returns the port where the other ranks meet it."""
+        self._listener = listen(LOOPBACK)
+        return port_of(self._listener)
 
     def build(self, port: int, total_steps: int, seed: int, temperature: float) -> None:
         """Join the other ranks, build the model and load its weights."""
@@ -48,8 +51,7 @@ class PolicyRank:
             seed=seed,
             rank=self._rank,
             world_size=self._policy_config.ranks,
-            master_address=LOOPBACK,
-            master_port=port,
+            master=self._listener or (LOOPBACK, port),
             temperature=temperature,
         )
         if self._model_config.initialization == "pretrained":
@@ -95,7 +97,7 @@ class PolicyRank:
         from megatron_vespo.rollout.fused_checksums import expected_checksums
 
         if self._rank == 0:
-            return expected_checksums(self._tensors(), dtype=dtype)
+            return expected_checksums(self._tensors(), dtype=dtype, num_experts=self._architecture.num_experts)
         for _ in self._tensors():
             pass
         return {}

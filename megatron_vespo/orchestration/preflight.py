@@ -1,6 +1,7 @@
 """What can be known to be wrong before anything is started, and what a run needs from its files."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -8,11 +9,13 @@ from megatron_vespo.checkpoint.check import check_folder
 from megatron_vespo.checkpoint.hf_config import Architecture, read_architecture
 from megatron_vespo.checkpoint.shards import tensor_bytes
 from megatron_vespo.checkpoint.tables import table_of
-from megatron_vespo.config import ConfigError, ModelConfig, PolicyConfig, TrainConfig
+from megatron_vespo.config import ConfigError, DataConfig, ModelConfig, PolicyConfig, RolloutConfig, TrainConfig
 from megatron_vespo.data.prompts import PromptStream, held_out_prompts, question_texts
 from megatron_vespo.data.sources import numbered_sources
 from megatron_vespo.data.tokenizer import ChatTokenizer, load_tokenizer
+from megatron_vespo.orchestration.engine import engine_settings
 from megatron_vespo.rewards.scorers import build_scorers
+from megatron_vespo.rollout.server import EngineServer
 from megatron_vespo.rollout.trajectory import Prompt
 
 
@@ -31,16 +34,26 @@ def prepare_training(config: TrainConfig) -> Prepared:
     """Raises ConfigError for whatever is wrong with the model's folder, the tokenizer, the tasks or the sizes."""
     architecture, checkpoint_bytes = check_model(config.model, config.policy)
     tokenizer = load_tokenizer(config.model.path)
-    longest = config.data.max_prompt_tokens + config.rollout.max_response_tokens
-    if longest > architecture.max_position_embeddings:
-        raise ConfigError(
-            f"data.max_prompt_tokens + rollout.max_response_tokens = {longest} is longer than the model's "
-            f"{architecture.max_position_embeddings} positions ({config.model.path}/config.json: max_position_embeddings)"
-        )
+    check_engine(config.model.path, config.model.dtype, architecture, config.data, config.rollout)
     build_scorers(numbered_sources(config.data, config.evaluation.sources))
     held_out = held_out_prompts(config.evaluation, config.data, tokenizer)
     prompts = PromptStream(config.data, tokenizer, seed=config.seed, excluded=question_texts(held_out))
+    for source in config.data.sources:  # a source without a usable prompt is better known now
+        alone = config.data.model_copy(update={"sources": (source,)})
+        PromptStream(alone, tokenizer, seed=config.seed, excluded=question_texts(held_out)).take(1)
     return Prepared(architecture, tokenizer, prompts, held_out, checkpoint_bytes)
+
+
+def check_engine(
+    model_path: str, model_dtype: str, architecture: Architecture, data: DataConfig, rollout: RolloutConfig
+) -> None:
+    """Raises ConfigError where SGLang would not serve this model with these settings."""
+    if architecture.tied_embeddings:
+        raise ConfigError(
+            f"{model_path}/config.json: tie_word_embeddings is true, and SGLang's {architecture.architecture} has an "
+            "output layer of its own: save the model with tie_word_embeddings false and lm_head.weight written out"
+        )
+    EngineServer(**engine_settings(model_path, model_dtype, data, rollout, seed=0, logs=Path()))
 
 
 def check_model(model: ModelConfig, policy: PolicyConfig) -> tuple[Architecture, int]:

@@ -8,6 +8,8 @@ import yaml
 from megatron_vespo.config import ConfigError, Section
 
 CONFIG_COPY = "config.yaml"
+MARKER = ".megatron_vespo_run"
+"""A file that says: this folder is a run of ours, and may be replaced by one."""
 SPARE_BYTES = 256 * 2**20
 """For metrics, logs and the report."""
 
@@ -23,14 +25,18 @@ def create_run_folder(config: Section, run_dir: str, overwrite: bool, checkpoint
     """
     folder = Path(run_dir)
     _require_space(folder, checkpoint_bytes + SPARE_BYTES)
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"run_dir {folder}: is a file. Choose another folder")
     if folder.exists() and any(folder.iterdir()):
-        if not (folder / CONFIG_COPY).exists():
+        if not (folder / MARKER).exists() or folder.absolute() in (Path.cwd(), *Path.cwd().parents):
             raise ConfigError(f"run_dir {folder}: not empty, and not a run of ours. Choose another folder")
         if not overwrite:
             raise ConfigError(f"run_dir {folder}: holds a run already. Choose another folder, or set overwrite=true")
-        shutil.rmtree(folder)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        if folder.exists():
+            shutil.rmtree(folder)
+        folder.mkdir(parents=True)
+        (folder / MARKER).touch()
         (folder / CONFIG_COPY).write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
     except OSError as error:
         raise ConfigError(f"run_dir {folder}: cannot be written ({error.strerror})") from None

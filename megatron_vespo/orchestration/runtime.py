@@ -4,6 +4,7 @@ import asyncio
 import time
 import traceback
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Self
 
@@ -43,11 +44,20 @@ class Runtime:
     async def __aexit__(self, kind, error: BaseException | None, trace) -> None:
         if error is not None:
             self._write_error(error)
+        stopping = asyncio.ensure_future(self._stop_all(failed=error is not None))
+        while not stopping.done():
+            # A signal now asks for what is already going on; the stop must reach its end.
+            with suppress(asyncio.CancelledError):
+                await asyncio.shield(stopping)
+        stopping.result()
+
+    async def _stop_all(self, failed: bool) -> None:
         self.supervisor.forget()
         deadline = time.monotonic() + STOP_SECONDS
-        stopping = [self._stop_part(part, stop, deadline) for part, stop in reversed(self._stops)]
-        await asyncio.gather(*stopping)
-        self._cluster.stop(keep_logs_in=self.logs / "ray" if error is not None else None)
+        try:
+            await asyncio.gather(*(self._stop_part(part, stop, deadline) for part, stop in reversed(self._stops)))
+        finally:
+            self._cluster.stop(keep_logs_in=self.logs / "ray" if failed else None)
 
     async def _stop_part(self, part: str, stop: Callable[[], Awaitable[None]], deadline: float) -> None:
         try:

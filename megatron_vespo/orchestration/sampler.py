@@ -49,7 +49,8 @@ class Sampler:
                 grading.append(asyncio.create_task(self.grader.grade(group.trajectories)))
                 self.console.progress(len(groups), len(prompts), "groups", f"{tokens:,} tokens")
 
-        timeout = self.rollout.engine.request_timeout_seconds
+        waves = -(-len(prompts) // self.rollout.concurrent_groups)
+        timeout = waves * self.rollout.engine.request_timeout_seconds
         try:
             await self.supervisor.wait("generate responses", receive(), timeout)
             sampled = time.monotonic()

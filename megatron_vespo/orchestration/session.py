@@ -85,13 +85,14 @@ async def start_session(
 ) -> Session:
     """Start the engine, the trainer and the graders side by side, and connect trainer and engine."""
     console.phase("starting engine, trainer and graders")
-    gpus, engine_config = gpus_per_process(), config.rollout.engine
+    engine_config = config.rollout.engine
+    gpus = gpus_per_process(config.policy.ranks + engine_config.tensor_parallel)
     settings = engine_settings(
         config.model.path, config.model.dtype, config.data, config.rollout, config.seed, runtime.logs
     )
-    engine = Engine(runtime, settings, gpus=gpus * engine_config.tensor_parallel)
+    engine = Engine(runtime, settings, gpus * engine_config.tensor_parallel, config.weight_sync.timeout_seconds)
     policy = PolicyGroup(config, runtime, gpus)
-    grader = RewardPool(config.reward, config.data, config.evaluation.sources)
+    grader = RewardPool(config.reward, config.data, config.evaluation.sources, runtime.logs / "graders.log")
     runtime.on_stop("graders", lambda: asyncio.to_thread(grader.close))
 
     async def timed(part: str, work: Awaitable):
@@ -114,7 +115,7 @@ async def start_session(
         config.weight_sync,
         engine_ranks=engine_config.tensor_parallel,
         engine_dtype=engine_config.dtype or config.model.dtype,
-        backend=communication_backend(),
+        backend=communication_backend(gpus),
     )
     await timed("weight transport", weights.connect())
     return Session(

@@ -10,7 +10,8 @@ from megatron_vespo.config import SFTConfig
 from megatron_vespo.data.demonstrations import load_demonstrations
 from megatron_vespo.data.tokenizer import load_tokenizer
 from megatron_vespo.observability.console import RunConsole
-from megatron_vespo.observability.sinks import JsonlSink, Metrics
+from megatron_vespo.observability.open_metrics import open_metrics
+from megatron_vespo.observability.sinks import Metrics
 from megatron_vespo.orchestration.cluster import gpus_per_process
 from megatron_vespo.orchestration.interruption import run_interruptible
 from megatron_vespo.orchestration.policy_group import PolicyGroup
@@ -35,14 +36,14 @@ def run_sft(config: SFTConfig, console: RunConsole) -> Path:
     async def main() -> None:
         console.phase("starting the trainer")
         async with Runtime(config.policy.ranks, folder) as runtime:
-            policy = PolicyGroup(config, runtime, gpus_per_process())
+            policy = PolicyGroup(config, runtime, gpus_per_process(config.policy.ranks))
             await policy.build(config.steps, config.seed, temperature=1.0)
             await supervise(config, policy, demonstrations, metrics, console)
             console.phase("exporting the checkpoint")
             target = str(folder / "checkpoint")
             await policy.on_all("export the checkpoint", lambda actor, _: actor.export.remote(target, overwrite=False))
 
-    with Metrics([JsonlSink(folder)]) as metrics:
+    with open_metrics(folder, config.observability.tensorboard) as metrics:
         run_interruptible(main)
     return folder / "checkpoint"
 

@@ -102,8 +102,16 @@ def _named(part: str, error: BaseException | None) -> RunFailed:
     if isinstance(error, RayTaskError):
         return RunFailed(part, _one_line(error.cause), details=str(error))
     if isinstance(error, ActorDiedError):
-        return RunFailed(part, "its process died (killed, out of memory, or crashed)", details=str(error))
+        return RunFailed(part, _death(error), details=str(error))
     return RunFailed(part, _one_line(error))
+
+
+def _death(error: ActorDiedError) -> str:
+    """Ray tells an error in an actor's constructor with its trace, whose last line is the error."""
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    if any("Traceback" in line for line in lines) or "creation task" in str(error):
+        return lines[-1].strip()
+    return "its process died (killed, out of memory, or crashed)"
 
 
 def _one_line(error: BaseException | None) -> str:

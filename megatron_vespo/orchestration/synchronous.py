@@ -49,8 +49,10 @@ async def train_step(session: Session, trajectories: list[Trajectory], batch: in
 
     step = batch * algorithm.staleness + mini_batch + 1
     trained = sum(len(t.prompt.token_ids) + len(t.response_ids) - 1 for t in trajectories)
-    log_weight, phi = (report.sequences[name].double().numpy() for name in ("log_weight", "phi"))
-    advantages = np.array([t.advantage for t in trajectories])
+    # What is masked out of the loss has no weight that means anything.
+    counted = np.array([t.trained for t in trajectories])
+    log_weight, phi = (report.sequences[name].double().numpy()[counted] for name in ("log_weight", "phi"))
+    advantages = np.array([t.advantage for t in trajectories])[counted]
     # The engine holds exactly the trainer's weights only at the first mini-batch: what differs there is the engines.
     difference = "mismatch" if mini_batch == 0 else "drift"
     session.tally.add_step(trained, report.sums if mini_batch == 0 else None)

@@ -5,12 +5,10 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 from megatron_vespo.config import TrainConfig
-from megatron_vespo.errors import RunError
 from megatron_vespo.observability.console import RunConsole
+from megatron_vespo.observability.open_metrics import open_metrics
 from megatron_vespo.observability.report import write_report
-from megatron_vespo.observability.sinks import JsonlSink, Metrics, MetricSink
 from megatron_vespo.observability.summary import write_summary
-from megatron_vespo.observability.tensorboard_sink import TensorBoardSink
 from megatron_vespo.orchestration.interruption import run_interruptible
 from megatron_vespo.orchestration.preflight import prepare_training
 from megatron_vespo.orchestration.run_folder import create_run_folder
@@ -48,20 +46,17 @@ def run_training_loop(config: TrainConfig, console: RunConsole, loop: Loop) -> s
             write_summary(folder, summary(sessions[0], status, time.monotonic() - started))
         return write_report(folder)
 
-    with Metrics(_sinks(config, folder)) as metrics:
+    with open_metrics(folder, config.observability.tensorboard) as metrics:
         try:
             run_interruptible(main)
-        except RunError as error:
-            console.event(f"what there is of the run: {write_outputs(f'failed: {error}')}")
+        except Exception as error:
+            try:
+                console.event(f"what there is of the run: {write_outputs(f'failed: {error}')}")
+            except Exception as second:
+                # The run's own failure is the one to be told last.
+                console.event(f"the report could not be written: {second}")
             raise
     return _what_next(folder, write_outputs("finished"))
-
-
-def _sinks(config: TrainConfig, folder: Path) -> list[MetricSink]:
-    sinks: list[MetricSink] = [JsonlSink(folder)]
-    if config.observability.tensorboard:
-        sinks.append(TensorBoardSink(folder / "tensorboard"))
-    return sinks
 
 
 def summary(session: Session, status: str, wall_seconds: float) -> dict:
@@ -84,7 +79,8 @@ def summary(session: Session, status: str, wall_seconds: float) -> dict:
 def _what_next(folder: Path, report: Path) -> str:
     return (
         f"\nreport       {report}\nsummary      {folder / 'summary.json'}\ncheckpoint   {folder / 'checkpoint'}\n"
-        f"metrics      {folder / 'metrics.jsonl'}, tensorboard --logdir {folder / 'tensorboard'}\n\n"
-        f"Next: open the report in a browser; evaluate the checkpoint with `megatron-vespo eval {folder / 'checkpoint'} "
-        f"TASKS.yaml`;\nchange a setting on the command line, e.g. `algorithm.staleness=8 run_dir=runs/staleness_8`."
+        f"metrics      {folder / 'metrics.jsonl'}, explained in docs/metrics.md\n\n"
+        f"Next: open the report in a browser; evaluate the checkpoint on tasks of your choice with\n"
+        f"  megatron-vespo eval {folder / 'checkpoint'} examples/tiny_base.eval.yaml\n"
+        f"or change a setting on the command line, e.g. algorithm.staleness=8 run_dir=runs/staleness_8"
     )

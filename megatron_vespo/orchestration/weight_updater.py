@@ -75,20 +75,11 @@ class WeightUpdater:
         Raises:
             RunFailed: a tensor on the engine is not the trainer's; the message names the first of them.
         """
-        clock = time.monotonic
+        clock, timeout = time.monotonic, self._config.timeout_seconds
         started = clock()
-        await self._client.begin_weight_update()
-        await self._supervisor.wait(
-            "send weights",
-            all_of(
-                self._policy.on_all("gather weights", lambda actor, _: actor.send_weights.remote(self._buckets)),
-                self._receive(weight_version),
-            ),
-            self._config.timeout_seconds,
-        )
-        await self._client.end_weight_update()
+        await self._supervisor.wait("send weights", self._send(weight_version), timeout)
         sent = clock()
-        await self._client.flush_cache()
+        await self._supervisor.wait("flush the engine's caches", self._client.flush_cache(), timeout)
         flushed = clock()
         due = self.syncs % self._config.verify_every == 0
         self.syncs += 1
@@ -101,6 +92,14 @@ class WeightUpdater:
             verified=due,
             seconds={"send": sent - started, "flush": flushed - sent, "verify": clock() - flushed},
         )
+
+    async def _send(self, weight_version: int) -> None:
+        await self._client.begin_weight_update()
+        await all_of(
+            self._policy.on_all("gather weights", lambda actor, _: actor.send_weights.remote(self._buckets)),
+            self._receive(weight_version),
+        )
+        await self._client.end_weight_update()
 
     async def _receive(self, weight_version: int) -> None:
         for bucket in self._buckets:

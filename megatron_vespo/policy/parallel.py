@@ -2,6 +2,7 @@
 
 import math
 import random
+import socket
 from datetime import timedelta
 
 import numpy as np
@@ -12,6 +13,7 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from megatron_vespo.config import PolicyConfig
 from megatron_vespo.policy.device import Device
+from megatron_vespo.rendezvous import host_store, join_store
 
 
 def join(
@@ -20,11 +22,12 @@ def join(
     *,
     rank: int,
     world_size: int,
-    master_address: str,
-    master_port: int,
+    master: tuple[str, int] | socket.socket,
     seed: int,
 ) -> None:
     """Meet the other ranks, form the layout's process groups and seed every generator of this process.
+
+    `master` is where rank 0 listens: on rank 0 the open socket (`rendezvous.listen`), elsewhere its address and port.
 
     Raises:
         ValueError: the number of processes is not the configured number of ranks.
@@ -33,9 +36,13 @@ def join(
     if world_size != policy.ranks:
         raise ValueError(f"policy.ranks is {policy.ranks}, but {world_size} processes were started")
     timeout = timedelta(seconds=policy.step_timeout_seconds)
+    if isinstance(master, socket.socket):
+        store = host_store(master, world_size, timeout)
+    else:
+        store = join_store(*master, world_size, timeout)
     dist.init_process_group(
         device.backend,
-        init_method=f"tcp://{master_address}:{master_port}",
+        store=store,
         rank=rank,
         world_size=world_size,
         timeout=timeout,

@@ -1,6 +1,7 @@
 """The policy of one rank: its share of the model, Megatron's schedule over micro-batches, the optimizer."""
 
 import dataclasses
+import socket
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -53,11 +54,10 @@ class MegatronPolicy:
         seed: int,
         rank: int,
         world_size: int,
-        master_address: str,
-        master_port: int,
+        master: tuple[str, int] | socket.socket,
         temperature: float,
     ):
-        """Meets the other ranks and builds the model. Under `model.initialization: pretrained` the weights are unset:
+        """Meets the other ranks at `master` (see `parallel.join`) and builds the model. Under `model.initialization: pretrained` the weights are unset:
         write them into `self.model`, then call `weights_were_loaded`.
 
         Raises:
@@ -69,8 +69,7 @@ class MegatronPolicy:
             policy,
             rank=rank,
             world_size=world_size,
-            master_address=master_address,
-            master_port=master_port,
+            master=master,
             seed=seed,
         )
         built = build_model(architecture, model, policy, self.device, temperature)

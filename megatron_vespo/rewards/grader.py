@@ -10,8 +10,10 @@ import sys
 import threading
 import time
 import traceback
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import IO, Literal
 
 from megatron_vespo.config import ConfigError, RewardConfig, Source
 
@@ -41,9 +43,9 @@ class Grader:
     in a thread that lives as long as it shall.
     """
 
-    def __init__(self, sources: dict[str, Source], config: RewardConfig):
-        """`sources` by their path in the configuration; `grade` counts in their order."""
-        self._sources, self._config = sources, config
+    def __init__(self, sources: dict[str, Source], config: RewardConfig, log: Path | None = None):
+        """`sources` by their path in the configuration; `grade` counts in their order. `log` as in `RewardPool`."""
+        self._sources, self._config, self._log = sources, config, log
         self._lock = threading.Lock()  # of _process and _interrupted
         self._interrupted = False
         self._process: subprocess.Popen | None = None
@@ -126,7 +128,7 @@ class Grader:
 
     def _launch(self) -> None:
         ours, theirs = socket.socketpair()
-        with theirs, self._lock:
+        with theirs, self._lock, self._output() as output:
             if self._interrupted:
                 ours.close()
                 raise RuntimeError("the reward pool was closed")
@@ -139,9 +141,17 @@ class Grader:
                 ],
                 pass_fds=(theirs.fileno(),),
                 stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
                 start_new_session=True,  # Ctrl-C is the driver's to handle; and the whole group can be killed
                 env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
             )
+
+    def _output(self) -> AbstractContextManager[IO | None]:
+        if self._log is None:
+            return nullcontext()
+        self._log.parent.mkdir(parents=True, exist_ok=True)
+        return self._log.open("ab")
 
     def _alive(self) -> bool:
         """Looks without reaping, so that the process's group keeps its number until `kill`."""

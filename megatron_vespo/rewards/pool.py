@@ -6,6 +6,7 @@ import queue
 import threading
 from concurrent.futures import Future
 from dataclasses import dataclass
+from pathlib import Path
 from typing import get_args
 
 from megatron_vespo.config import DataConfig, RewardConfig, Source
@@ -36,10 +37,17 @@ class RewardPool:
     `Prompt.source` counts in `data.sources` followed by `evaluation_sources`.
     """
 
-    def __init__(self, config: RewardConfig, data: DataConfig, evaluation_sources: tuple[Source, ...] | None = None):
+    def __init__(
+        self,
+        config: RewardConfig,
+        data: DataConfig,
+        evaluation_sources: tuple[Source, ...] | None = None,
+        log: Path | None = None,
+    ):
+        """`log`: where what the processes print is appended; None: it goes where this process's output goes."""
         self._config = config
         sources = numbered_sources(data, evaluation_sources)
-        self._graders = [Grader(sources, config) for _ in range(config.workers)]
+        self._graders = [Grader(sources, config, log) for _ in range(config.workers)]
         self._tasks: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
         self._threads: list[threading.Thread] = []
         self._closing = threading.Event()

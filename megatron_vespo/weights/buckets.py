@@ -62,11 +62,11 @@ def fill_buckets(
     for bucket in buckets:
         parts = []
         for spec in bucket.specs:
-            name, tensor = next(stream, (None, None))
-            found = tensor is not None and TensorSpec(name, tuple(tensor.shape), dtype_name(tensor.dtype))
-            if tensor is None or found != spec:
+            named = next(stream, None)
+            found = None if named is None else specs_of([named])[0]
+            if named is None or found != spec:
                 raise ValueError(f"weight sync planned {spec}, the trainer holds {found or 'no further tensor'}")
-            parts.append(tensor.detach().contiguous().flatten().view(torch.uint8))
+            parts.append(named[1].detach().contiguous().flatten().view(torch.uint8))
         yield bucket, torch.cat(parts)
     if (extra := next(stream, None)) is not None:
         raise ValueError(f"weight sync has no bucket for {extra[0]}")

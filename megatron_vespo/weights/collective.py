@@ -1,13 +1,13 @@
 """Weights to engines by collective broadcast: the trainer's rank 0 and every engine rank are in one process group."""
 
-import socket
 from collections.abc import Iterable
 from datetime import timedelta
 
 import torch
-from torch.distributed import PrefixStore, ProcessGroup, TCPStore
-from torch.distributed.distributed_c10d import Backend, _new_process_group_helper, _world
+from torch.distributed import PrefixStore, ProcessGroup  # pyright: ignore[reportPrivateImportUsage]
+from torch.distributed.distributed_c10d import Backend, GroupName, _new_process_group_helper, _world
 
+from megatron_vespo.rendezvous import host_store, listen, port_of
 from megatron_vespo.weights.buckets import Bucket, fill_buckets
 
 
@@ -20,34 +20,25 @@ class CollectiveSender:
 
     def __init__(self, address: str, name: str) -> None:
         """Listen on `address` (an interface of this host); engines are then told `address` and `port`."""
-        self._listener = socket.create_server((address, 0))
-        self._address = address
+        self._listener = listen(address)
         self._name = name
         self._group: ProcessGroup | None = None
 
     @property
     def port(self) -> int:
-        return self._listener.getsockname()[1]
+        return port_of(self._listener)
 
     def connect(self, *, world_size: int, backend: str, timeout_seconds: float) -> None:
         """Block until all engine ranks (`world_size` - 1 of them) have joined."""
         timeout = timedelta(seconds=timeout_seconds)
-        store = TCPStore(
-            self._address,
-            self.port,
-            world_size,
-            is_master=True,
-            timeout=timeout,
-            multi_tenant=False,
-            master_listen_fd=self._listener.detach(),
-        )
+        store = host_store(self._listener, world_size, timeout)
         self._group, _ = _new_process_group_helper(
             world_size,
             0,
             [],
             Backend(backend),
             PrefixStore(self._name, store),
-            group_name=self._name,
+            group_name=GroupName(self._name),
             backend_options=None,
             timeout=timeout,
         )

@@ -11,6 +11,7 @@ from megatron_vespo.config import LayoutConfig, ModelConfig, PolicyConfig
 from megatron_vespo.policy import parallel
 from megatron_vespo.policy.device import Device, prepare_device
 from megatron_vespo.policy.model import PolicyModel, build_model
+from megatron_vespo.rendezvous import listen
 
 RANKS = 2
 
@@ -31,7 +32,8 @@ def _in_process(rank: int, job: Callable[..., None], port: int, arguments: tuple
 def join(rank: int, port: int, ep: int) -> Device:
     device = prepare_device()
     policy = PolicyConfig(ranks=RANKS, layout=LayoutConfig(ep=ep), step_timeout_seconds=60)
-    parallel.join(device, policy, rank=rank, world_size=RANKS, master_address="127.0.0.1", master_port=port, seed=0)
+    master = listen("127.0.0.1", port) if rank == 0 else ("127.0.0.1", port)
+    parallel.join(device, policy, rank=rank, world_size=RANKS, master=master, seed=0)
     return device
 
 

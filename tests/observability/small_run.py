@@ -75,9 +75,8 @@ def sync_row(step: int) -> dict:
 
 def evaluation_row(when: str, accuracy: float) -> dict:
     row = {"when": when, "accuracy": accuracy, "pass_at_k": accuracy, "k": 1, "prompts": 64}
-    response = {"length_mean": 9.0, "tokens": 576, "truncated_share": 0.0, "fingerprint": "0123456789abcdef"}
-    row |= {f"response/{name}": value for name, value in response.items()}
-    return {**row, "reward/mean": accuracy, "time/evaluate": 3.0}
+    of_responses = {k: v for k, v in rollout_row(0).items() if k.startswith(("reward/", "response/"))}
+    return {**of_responses, **row, "response/length_mean": 9.0, "time/evaluate": 3.0}
 
 
 def run_rows(batches: int = BATCHES):

@@ -1,7 +1,6 @@
 """Standard input: sequences of token ids as JSON. Prints the trainer's log-probs of each token after the first."""
 
 import json
-import socket
 import sys
 
 import numpy as np
@@ -11,10 +10,9 @@ from megatron_vespo.checkpoint.load import load_hf_weights
 from megatron_vespo.config import ModelConfig, OptimizerConfig, PolicyConfig
 from megatron_vespo.policy.batch import TrainingSequence, pack
 from megatron_vespo.policy.policy import MegatronPolicy
+from megatron_vespo.rendezvous import listen
 
 folder = sys.argv[1]
-with socket.create_server(("127.0.0.1", 0)) as listener:
-    port = listener.getsockname()[1]
 architecture = read_architecture(folder)
 policy = MegatronPolicy(
     architecture,
@@ -25,8 +23,7 @@ policy = MegatronPolicy(
     seed=0,
     rank=0,
     world_size=1,
-    master_address="127.0.0.1",
-    master_port=port,
+    master=listen("127.0.0.1"),
     temperature=1.0,
 )
 load_hf_weights(policy.model, architecture, folder)

@@ -16,6 +16,7 @@ from megatron_vespo.objective.metrics import LossMetrics
 from megatron_vespo.policy.batch import MicroBatch
 from megatron_vespo.policy.policy import MegatronPolicy
 from megatron_vespo.policy.result import StepResult
+from megatron_vespo.rendezvous import listen
 
 
 @dataclass
@@ -66,8 +67,7 @@ def joined(rank: int, world_size: int, port: int, setup: Setup) -> Iterator[Mega
         seed=5,
         rank=rank,
         world_size=world_size,
-        master_address="127.0.0.1",
-        master_port=port,
+        master=listen("127.0.0.1", port) if rank == 0 else ("127.0.0.1", port),
         temperature=setup.temperature,
     )
     try:
