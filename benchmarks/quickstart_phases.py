@@ -5,6 +5,7 @@ python benchmarks/quickstart_phases.py runs/quickstart
 
 import argparse
 
+from megatron_vespo.config import ConfigError
 from megatron_vespo.observability.run_folder import RunFolder, read_run
 
 
@@ -34,7 +35,10 @@ def phases(run: RunFolder) -> list[tuple[str, float]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run_dir")
-    run = read_run(parser.parse_args().run_dir)
+    try:
+        run = read_run(parser.parse_args().run_dir)
+    except ConfigError as error:
+        parser.error(str(error))
     if run.summary.get("status") != "finished":
         parser.error(f"{run.path}: not a finished run (summary.json)")
     wall = run.summary["wall_seconds"]

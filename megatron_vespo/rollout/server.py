@@ -148,6 +148,7 @@ class EngineServer:
                 )
             time.sleep(POLL_SECONDS)
         self._generate_one_token(deadline)
+        self._freeze_garbage_collection()
         self._remember_family()
 
     def _answers(self) -> bool:
@@ -169,6 +170,16 @@ class EngineServer:
             time.sleep(1.0)  # a crash in the first forward pass ends the process a moment later
             self.raise_if_dead()
             raise EngineServerError(f"the engine answers at {self.url} but generates nothing: {error}") from error
+
+    def _freeze_garbage_collection(self) -> None:
+        """SGLang asks this of itself at its start, sometimes before it listens; then each cache flush would collect
+        garbage among all that was imported, for half a second."""
+        try:
+            with urllib.request.urlopen(urllib.request.Request(f"{self.url}/freeze_gc", b""), timeout=30) as response:
+                response.read()
+        except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
+            self.raise_if_dead()
+            raise EngineServerError(f"the engine at {self.url} did not answer /freeze_gc: {error}") from error
 
     def _remember_family(self) -> None:
         """What belongs to the server, as long as it can still be asked."""

@@ -1,15 +1,19 @@
 """However a run ends, within 15 s its processes, ports, shared memory and Ray session are gone, and the cause is said."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import psutil
 import pytest
 from tiny_base import write_tiny_base
+
+from megatron_vespo.rollout import process_tree
 
 STOP_SECONDS = 15
 
@@ -21,18 +25,12 @@ def base(tmp_path_factory):
     return folder
 
 
-def traces() -> set[str]:
-    """What a run may leave on this machine besides its folder."""
-    shared = {f"/dev/shm/{path.name}" for path in Path("/dev/shm").iterdir() if "sglang" in path.name}
-    folders = {str(path) for pattern in ("mv-*", "vespo-*") for path in Path("/tmp").glob(pattern)}
-    return shared | folders
-
-
 class Run:
     """A training run as a user starts it, followed by its output."""
 
     def __init__(self, base: Path, folder: Path, *overrides: str) -> None:
-        self.before = traces()
+        # Of its own, to see what stays in it; short, because Ray's sockets lie in it.
+        self.temporary = Path(tempfile.mkdtemp(prefix="t", dir="/tmp"))
         settings = [
             *("examples/quickstart.yaml", f"model.path={base}", f"run_dir={folder}", "observability.console=plain"),
             *("data.max_prompt_tokens=128", "rollout.max_response_tokens=96", "evaluation.prompts=4"),
@@ -44,6 +42,7 @@ class Run:
             stderr=subprocess.STDOUT,
             text=True,
             start_new_session=True,
+            env=os.environ | {"TMPDIR": str(self.temporary)},
         )
         self.lines: list[str] = []
 
@@ -57,7 +56,9 @@ class Run:
 
     def family(self) -> list[psutil.Process]:
         """Everything that descends from the run, Ray's actors and SGLang's processes included."""
-        return psutil.Process(self.process.pid).children(recursive=True)
+        family = psutil.Process(self.process.pid).children(recursive=True)
+        self.shared_memory = process_tree.shared_memory_of(family)
+        return family
 
     def find(self, text: str) -> psutil.Process:
         return next(p for p in self.family() if text in " ".join(p.cmdline()) or text in p.name())
@@ -71,7 +72,10 @@ class Run:
         _, alive = psutil.wait_procs(family, timeout=max(0.1, STOP_SECONDS - seconds))
         assert not alive, f"still there: {[(p.pid, p.name()) for p in alive]}"
         assert seconds < STOP_SECONDS, f"took {seconds:.1f} s"
-        assert not traces() - self.before
+        assert not [file for file in self.shared_memory if file.exists()]
+        # torch's compiler cache is one folder a user, shared by all runs.
+        left = [path.name for path in self.temporary.iterdir() if not path.name.startswith("torchinductor")]
+        assert not left, left
         assert self.process.returncode != 0
 
 
@@ -84,6 +88,7 @@ def run(base, tmp_path):
         for process in [*family, run.process]:
             process.kill()
     run.process.wait()
+    shutil.rmtree(run.temporary)
 
 
 @pytest.mark.parametrize(("number", "moment"), [(signal.SIGINT, "generating"), (signal.SIGTERM, "starting engine")])
