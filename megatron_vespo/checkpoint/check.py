@@ -25,7 +25,9 @@ def check_folder(folder: str | Path) -> Architecture:
 def checked_tensors(folder: str | Path, architecture: Architecture) -> dict[str, TensorHeader]:
     """Headers of the folder's tensors, which are exactly those of `architecture`. Raises as `check_folder`."""
     headers = read_headers(folder)
-    problems = headers.problems + _tensor_problems(headers, table_of(architecture), architecture)
+    problems = list(headers.problems)
+    if headers.tensors or not problems:  # where no file could be read, that every tensor is missing says nothing more
+        problems += _tensor_problems(headers, table_of(architecture), architecture)
     if problems:
         listed = "\n".join(f"  {problem}" for problem in problems)
         count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
