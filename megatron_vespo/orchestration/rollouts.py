@@ -35,6 +35,7 @@ async def collect_rollouts(session: Session, batch: int, weight_version: int) ->
             "weight_version": weight_version,
             **figures,
             "prompt/dropped_overlong": session.prompts.dropped_overlong,
+            "prompt/skipped_held_out": session.prompts.skipped_excluded,
             "time/generate": seconds,
             "time/reward_wait": grading_seconds,
             "speed/generated_tokens_per_second": figures["response/tokens"] / seconds,

@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import aiohttp
 import numpy as np
@@ -11,8 +11,6 @@ import orjson
 from numpy.typing import NDArray
 
 from megatron_vespo.errors import RunError
-
-PauseMode = Literal["abort", "in_place", "retract"]
 
 
 class EngineError(RunError):
@@ -49,7 +47,6 @@ class EngineOutput:
         log_probs: [response tokens] float32, natural logarithm, of the distribution with the temperature applied.
         finish_reason: "stop", "length" or "abort".
         finish_detail: the engine's message of an abort, else "".
-        routed_experts: base64 of int32 [prompt + response - 1 - start, layers, top-k] where asked for.
     """
 
     request_id: str
@@ -60,7 +57,6 @@ class EngineOutput:
     weight_spans: tuple[WeightSpan, ...]
     cached_tokens: int
     retractions: int
-    routed_experts: str | None
 
 
 class EngineClient:
@@ -105,9 +101,6 @@ class EngineClient:
         input_ids: list[list[int]],
         sampling_params: list[dict[str, Any]],
         request_ids: list[str],
-        *,
-        return_routed_experts: bool = False,
-        routed_experts_start_len: int = 0,
     ) -> list[EngineOutput]:
         """Sample one response to each input, in one request; SGLang's own sampling parameters for each.
 
@@ -119,8 +112,6 @@ class EngineClient:
             "rid": request_ids,
             "return_logprob": True,
         }
-        if return_routed_experts:
-            body |= {"return_routed_experts": True, "routed_experts_start_len": routed_experts_start_len}
         answer = await self._request("POST", "/generate", body, deadline="generate")
         if not isinstance(answer, list) or len(answer) != len(input_ids):
             raise self._nonsense("/generate", f"expected a list of {len(input_ids)} responses", answer)
@@ -210,28 +201,11 @@ class EngineClient:
             raise self._nonsense("/weights_checker", f"expected the checksums of 1 rank, found {len(ranks)}", answer)
         return ranks[0]["checksums"]
 
-    async def pause_generation(self, mode: PauseMode) -> None:
-        await self._request("POST", "/pause_generation", {"mode": mode})
-
-    async def continue_generation(self) -> None:
-        await self._request("POST", "/continue_generation", {})
-
-    async def abort(self, request_id: str) -> None:
-        """End the requests whose id *starts with* `request_id`; each answers with what it had."""
-        await self._request("POST", "/abort_request", {"rid": request_id}, parse=False)
-
-    async def abort_all(self) -> None:
-        await self._request("POST", "/abort_request", {"abort_all": True}, parse=False)
-
     async def model_info(self) -> dict[str, Any]:
         return await self._request("GET", "/model_info", None)
 
     async def weight_version(self) -> str:
         return (await self.model_info())["weight_version"]
-
-    async def health(self) -> None:
-        """Raises EngineError where the engine does not produce a token."""
-        await self._request("GET", "/health", None, parse=False)
 
     async def _succeed(self, endpoint: str, body: dict[str, Any]) -> dict[str, Any]:
         answer = await self._request("POST", endpoint, body, deadline="weights")
@@ -313,5 +287,4 @@ def read_output(item: dict[str, Any]) -> EngineOutput:
         ),
         cached_tokens=meta.get("cached_tokens", 0),
         retractions=meta.get("num_retractions") or 0,
-        routed_experts=meta.get("routed_experts"),
     )

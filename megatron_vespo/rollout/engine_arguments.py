@@ -44,7 +44,6 @@ def command_line_arguments(
     deterministic: bool,
     seed: int,
     max_sequence_tokens: int,
-    return_routed_experts: bool,
     weight_version: int,
 ) -> list[str]:
     """Arguments of `sglang.launch_server`, but for host and port.
@@ -61,7 +60,6 @@ def command_line_arguments(
         "random-seed": seed,
         "weight-version": weight_version,
         "enable-deterministic-inference": deterministic,
-        "enable-return-routed-experts": return_routed_experts,
         "max-total-tokens": engine.max_total_tokens,
         "max-running-requests": engine.max_running_requests,
         "mem-fraction-static": engine.memory_fraction,

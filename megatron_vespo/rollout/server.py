@@ -45,7 +45,6 @@ class EngineServer:
         seed: SGLang's own random seed.
         log_path: what the server prints is appended here.
         max_sequence_tokens: longest prompt plus response.
-        return_routed_experts: keep the routers' choices, so that requests may ask for them.
         weight_version: of the weights in `model_path`.
         device: "cuda" or "cpu"; None: "cuda" where torch finds it.
     """
@@ -60,7 +59,6 @@ class EngineServer:
         seed: int,
         log_path: str | Path,
         max_sequence_tokens: int,
-        return_routed_experts: bool = False,
         weight_version: int = 0,
         device: str | None = None,
     ) -> None:
@@ -76,7 +74,6 @@ class EngineServer:
             deterministic=deterministic,
             seed=seed,
             max_sequence_tokens=max_sequence_tokens,
-            return_routed_experts=return_routed_experts,
             weight_version=weight_version,
         )
         self._process: subprocess.Popen | None = None

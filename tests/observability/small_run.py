@@ -34,6 +34,7 @@ def rollout_row(batch: int) -> dict:
         "response/ids_beyond_tokenizer": 0,
         "response/fingerprint": "0123456789abcdef",
         "prompt/dropped_overlong": 0,
+        "prompt/skipped_held_out": 0,
         "time/generate": 2.0,
         "time/reward_wait": 0.5,
         "speed/generated_tokens_per_second": 64.0,

@@ -33,7 +33,6 @@ GOOD = EngineOutput(
     weight_spans=(WeightSpan("7", 0, 3),),
     cached_tokens=0,
     retractions=0,
-    routed_experts=None,
 )
 
 
