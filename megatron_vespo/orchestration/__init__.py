@@ -2,5 +2,6 @@
 
 import os
 
-# Ray's own switch, read when it is imported: without clusters of hosts, all of its servers listen on loopback only.
+# Ray's own switches, read when it is imported. Without clusters of hosts all of its servers listen on loopback only.
 os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+os.environ["RAY_USAGE_STATS_ENABLED"] = "0"

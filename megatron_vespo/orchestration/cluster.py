@@ -1,7 +1,6 @@
 """Ray on this host for one run: started private to the run, ended without a trace."""
 
 import logging
-import os
 import shutil
 import signal
 import tempfile
@@ -35,10 +34,15 @@ class LocalCluster:
         self._folder: Path | None = None
         self._others: list[psutil.Process] = []
 
+    @property
+    def folder(self) -> Path:
+        if self._folder is None:
+            raise RuntimeError("the cluster was not started")
+        return self._folder
+
     def start(self) -> None:
         # Unix socket paths are limited to about 107 characters, so the folder is not inside the run's.
         self._folder = Path(tempfile.mkdtemp(prefix="mv-"))
-        os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
         self._others = psutil.Process().children(recursive=True)
         # Ray puts its own SIGTERM handler in place, which would end this process before its cleanup.
         handler = signal.getsignal(signal.SIGTERM)

@@ -22,6 +22,7 @@ class Engine:
         self, runtime: Runtime, settings: dict[str, Any], gpus: int, weights_timeout_seconds: float = 600.0
     ) -> None:
         """`settings`: arguments of `EngineServer`."""
+        settings = settings | {"scratch_parent": str(runtime.scratch)}
         self._weights_timeout_seconds = weights_timeout_seconds
         self._supervisor = runtime.supervisor
         self._settings = settings

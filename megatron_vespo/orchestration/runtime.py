@@ -30,6 +30,11 @@ class Runtime:
     def logs(self) -> Path:
         return self._folder / "logs"
 
+    @property
+    def scratch(self) -> Path:
+        """A folder for sockets and the like, gone after the run; its path is short."""
+        return self._cluster.folder
+
     async def __aenter__(self) -> Self:
         try:
             self._cluster.start()

@@ -46,6 +46,8 @@ class EngineServer:
         log_path: what the server prints is appended here.
         max_sequence_tokens: longest prompt plus response.
         weight_version: of the weights in `model_path`.
+        scratch_parent: where the folder of the server's sockets is made; None: the system's temporary folder. What is
+            killed before it could clean up goes with this folder.
         device: "cuda" or "cpu"; None: "cuda" where torch finds it.
     """
 
@@ -60,11 +62,13 @@ class EngineServer:
         log_path: str | Path,
         max_sequence_tokens: int,
         weight_version: int = 0,
+        scratch_parent: str | Path | None = None,
         device: str | None = None,
     ) -> None:
         self._device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self._engine = engine
         self._log_path = Path(log_path)
+        self._scratch_parent = scratch_parent
         check_sequence_length(model_path, max_sequence_tokens)
         self._arguments = command_line_arguments(
             model_path=model_path,
@@ -117,7 +121,7 @@ class EngineServer:
                 logger.warning("port %d was taken while the engine started: trying another", self.port)
 
     def _launch(self) -> None:
-        self._scratch = Path(tempfile.mkdtemp(prefix="vespo-engine-"))
+        self._scratch = Path(tempfile.mkdtemp(prefix="vespo-engine-", dir=self._scratch_parent))
         self._log_path.parent.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, "-m", "megatron_vespo.rollout.serve"]
         command += ["--parent", str(os.getpid()), "--scratch", str(self._scratch)]
