@@ -26,8 +26,10 @@ class Device:
         return self.torch_device.type == "cuda"
 
 
-def prepare_device() -> Device:
+def prepare_device(dtype: str) -> Device:
     """Choose the device of this process and make Megatron-Core ready for it.
+
+    `dtype` is the parameters': Transformer Engine's attention over packed sequences takes half precision only.
 
     Ray shows each process only its own GPU, so that is always number 0.
     """
@@ -39,6 +41,6 @@ def prepare_device() -> Device:
     return Device(
         torch.device("cuda", 0),
         "nccl",
-        transformer_engine=HAVE_TE,
+        transformer_engine=HAVE_TE and dtype == "bfloat16",
         fused_gradient_accumulation=find_spec("fused_weight_gradient_mlp_cuda") is not None,
     )

@@ -63,7 +63,7 @@ class MegatronPolicy:
         Raises:
             ConfigError: the layout does not fit the model.
         """
-        self.device = prepare_device()
+        self.device = prepare_device(model.dtype)
         parallel.join(
             self.device,
             policy,

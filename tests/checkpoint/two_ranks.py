@@ -30,7 +30,7 @@ def _in_process(rank: int, job: Callable[..., None], port: int, arguments: tuple
 
 
 def join(rank: int, port: int, ep: int) -> Device:
-    device = prepare_device()
+    device = prepare_device("float32")
     policy = PolicyConfig(ranks=RANKS, layout=LayoutConfig(ep=ep), step_timeout_seconds=60)
     master = listen("127.0.0.1", port) if rank == 0 else ("127.0.0.1", port)
     parallel.join(device, policy, rank=rank, world_size=RANKS, master=master, seed=0)
