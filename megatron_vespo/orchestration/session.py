@@ -18,6 +18,7 @@ from megatron_vespo.orchestration.runtime import Runtime
 from megatron_vespo.orchestration.sampler import Sampler
 from megatron_vespo.orchestration.supervision import all_of
 from megatron_vespo.orchestration.weight_updater import WeightUpdater
+from megatron_vespo.rewards.grader import STARTUP_SECONDS
 from megatron_vespo.rewards.pool import RewardPool
 from megatron_vespo.rollout.trajectory import Prompt
 
@@ -106,7 +107,10 @@ async def start_session(
     client, _, _ = await all_of(
         timed("engine", engine.start()),
         timed("policy", policy.build(config.algorithm.steps, config.seed, config.rollout.sampling.temperature)),
-        timed("graders", asyncio.to_thread(grader.start)),
+        # The pool has its own deadline and a better message for it; this one is for what keeps it from answering.
+        timed(
+            "graders", runtime.supervisor.wait("start graders", asyncio.to_thread(grader.start), 2 * STARTUP_SECONDS)
+        ),
     )
     weights = WeightUpdater(
         policy,

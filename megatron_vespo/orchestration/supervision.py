@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 from ray import ObjectRef
 from ray.exceptions import ActorDiedError, RayTaskError
 
-from megatron_vespo.errors import RunError
+from megatron_vespo.errors import ConfigError, RunError
 
 T = TypeVar("T")
 
@@ -45,6 +45,7 @@ class Supervisor:
 
         Raises:
             RunFailed: a watched part died, `work` raised, or `seconds` passed; with the first cause.
+            ConfigError: `work` raised it: a mistake of the user's stays one.
         """
         task = asyncio.ensure_future(work)
         try:
@@ -58,7 +59,9 @@ class Supervisor:
             await self._settle()
             if (failure := self._dead_part()) is not None:
                 raise failure
-            raise _named(what, task.exception())
+            if isinstance(error := task.exception(), ConfigError):
+                raise error
+            raise _named(what, error)
         finally:
             if not task.done():
                 task.cancel()
