@@ -47,7 +47,7 @@ def test_a_mistake_of_the_users_stays_one():
     async def scenario():
         await Supervisor().wait("start graders", fail_after(0, ConfigError("no such scorer")), seconds=5)
 
-    with pytest.raises(ConfigError, match="^no such scorer$"):
+    with pytest.raises(ConfigError, match=r"^no such scorer$"):
         asyncio.run(scenario())
 
 
