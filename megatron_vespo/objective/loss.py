@@ -3,6 +3,7 @@
 import math
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from megatron_vespo.config import ObjectiveConfig
@@ -21,6 +22,7 @@ def policy_loss(
     response_mask: Tensor,
     cu_seqlens: Tensor,
     denominator: Tensor | int | None = None,
+    context_parallel_group: dist.ProcessGroup | None = None,
 ) -> tuple[Tensor, LossMetrics]:
     """Loss whose gradient is that of -E[phi(W) A log pi].
 
@@ -31,16 +33,20 @@ def policy_loss(
         response_mask: [t] bool, True on labels that are response tokens.
         cu_seqlens: [s + 1] int32, bounds of the sequences.
         denominator: of the whole step; None: this call's own count (`aggregation.local_count`).
+        context_parallel_group: ranks among which the positions of each sequence are dealt out: all else that is [t]
+            holds this rank's, and `cu_seqlens` bounds them. All ranks of the group call this together, and the loss of
+            the sequences is the sum of theirs.
 
     Returns:
         A scalar, and metrics that add up over ranks and micro-batches.
     """
-    log_weight = sequence_log_weight(log_probs, old_log_probs, response_mask, cu_seqlens)
+    group = context_parallel_group
+    log_weight = sequence_log_weight(log_probs, old_log_probs, response_mask, cu_seqlens, group)
     phi = vespo_coefficients(log_weight, advantages, config)
     coefficient = per_token(phi * advantages.double(), cu_seqlens).float()
-    numerator = aggregate(-coefficient * log_probs, config.aggregation, response_mask, cu_seqlens)
+    numerator = aggregate(-coefficient * log_probs, config.aggregation, response_mask, cu_seqlens, group)
     if denominator is None:
-        denominator = local_count(config.aggregation, response_mask, cu_seqlens).clamp(min=1)
+        denominator = local_count(config.aggregation, response_mask, cu_seqlens, group).clamp(min=1)
     metrics = difference_metrics(log_probs, old_log_probs, response_mask)
     metrics.sequences = {"log_weight": log_weight.float(), "phi": phi.float()}
     return numerator / denominator, metrics
