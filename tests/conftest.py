@@ -1,4 +1,4 @@
-"""Shared by all rooms: one real SGLang server for the whole session, started by the first test that asks for it."""
+"""Shared by all rooms, each started by the first test that asks for it: one real SGLang server, four trainer ranks."""
 
 import asyncio
 from collections.abc import Iterator
@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from tiny_engine import RunningEngine, tiny_server, write_tiny_qwen3_moe
 
+from megatron_vespo.parity.pool import RankPool
 from megatron_vespo.rollout.client import EngineClient
 
 
@@ -30,3 +31,10 @@ def engine(tiny_qwen3_moe, tmp_path_factory) -> Iterator[RunningEngine]:
         loop.run_until_complete(client.close())
         loop.close()
         server.stop()
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[RankPool]:
+    """Up to four processes that form Megatron's groups over gloo."""
+    with RankPool(4, deadline_seconds=180) as pool:
+        yield pool

@@ -1,82 +1,152 @@
 """The whole model's Hugging Face tensors on rank 0, one layer at a time: for weight sync and for export."""
 
-from collections.abc import Iterator, Sequence
+import itertools
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
+from megatron.core.utils import unwrap_model
 from torch import Tensor
+from torch.nn import Parameter
 
-from megatron_vespo.checkpoint.forms import split
+from megatron_vespo.checkpoint.forms import split, unshard
 from megatron_vespo.checkpoint.hf_config import Architecture
-from megatron_vespo.checkpoint.local_parameters import LocalParameter, local_experts, local_parameters
-from megatron_vespo.checkpoint.mapping import Entry
+from megatron_vespo.checkpoint.local_parameters import Share, local_parameters, share_of
+from megatron_vespo.checkpoint.mapping import Place, Shape
 from megatron_vespo.checkpoint.tables import table_of
 
-Place = tuple[str, int | None, int | None]
+Shard = tuple[str, int]
+"""(`Place.name`, index among its shards)."""
+
+
+def parameter_data(parameter: Parameter) -> Tensor:
+    return parameter.detach()
 
 
 @torch.no_grad()
-def gather_hf_tensors(model_chunks: Sequence[Any], architecture: Architecture) -> Iterator[tuple[str, Tensor]]:
+def gather_hf_tensors(
+    model_chunks: Sequence[Any], architecture: Architecture, value: Callable[[Parameter], Tensor] = parameter_data
+) -> Iterator[tuple[str, Tensor]]:
     """Yield (name, full tensor) in the table's fixed order on global rank 0, and nothing on any other rank.
 
-    Collective over the expert-parallel group of rank 0, one gather per layer with all its experts; the other ranks of
-    that group only send, and ranks outside it do nothing. Every rank must call it AND exhaust the iterator
-    (`for _ in gather_hf_tensors(...): pass`): a generator that is not run sends nothing, and rank 0 waits.
+    Collective over all ranks, in every layout. Layer by layer, each shard comes from the lowest rank that has it, all
+    that a rank has to send of a layer in one message; rank 0 holds no more than one layer besides its own share. Every
+    rank must call it AND exhaust the iterator (`for _ in gather_hf_tensors(...): pass`): a generator that is not run
+    sends nothing, and rank 0 waits.
 
-    Tensors are contiguous, on the parameters' device and in their dtype. Many are views of the live parameters:
-    use or copy them before the next optimizer step, and never write to them.
+    Tensors are contiguous, on the parameters' device and in the dtype of `value`. Many are views of the live
+    parameters: use or copy them before the next optimizer step, and never write to them.
+
+    Args:
+        value: what is gathered of a parameter (itself, its gradient): a tensor of its shape on its device, of one dtype
+            for all. Called once for each; what it gives is kept until the end.
 
     Raises:
-        RuntimeError: the model is not this architecture's, or it is split over pipeline stages.
+        RuntimeError: this rank's part of the model is not this architecture's (as `local_parameters`); or, on every
+            rank alike: the ranks together don't hold all of it, `value` gives other shapes or more than one dtype.
     """
-    if parallel_state.get_pipeline_model_parallel_world_size() > 1:
-        raise RuntimeError("gathering from pipeline stages is not supported")
     table = table_of(architecture)
-    held: dict[Place, LocalParameter] = {
-        (local.entry.megatron[0], local.layer, local.expert): local
+    held = {
+        (local.place.name, local.index): (local.parameter, value(local.parameter).contiguous())
         for local in local_parameters(model_chunks, table, architecture)
     }
-    expert_entries = [entry for entry in table.entries if entry.in_expert]
-    experts_of_layer: dict[tuple[str, int], Tensor] = {}
-    layer_there = None
-    for entry, layer, expert in table.places(architecture):
-        if layer is not None and expert is not None:
-            if layer != layer_there:
-                experts_of_layer = _gather_experts(held, expert_entries, layer, architecture)
-                layer_there = layer
-            full = experts_of_layer.get((entry.megatron[0], expert))
-        else:
-            full = held[entry.megatron[0], layer, None].parameter.detach()
-        if full is not None and dist.get_rank() == 0:
-            yield from zip(entry.hf_names(layer, expert), split(entry, full, architecture), strict=True)
+    share = share_of(unwrap_model(list(model_chunks)), table, architecture)
+    shares = _shares_of_all_ranks(share, held)
+    tensors = {shard: tensor for shard, (_, tensor) in held.items()}
+    for layer, group in itertools.groupby(table.places(architecture), key=lambda place: place.layer):
+        places = list(group)
+        yield from _gather_layer(places, _senders(places, layer, shares), shares, tensors, architecture)
 
 
-def _gather_experts(
-    held: dict[Place, LocalParameter], entries: list[Entry], layer: int, architecture: Architecture
-) -> dict[tuple[str, int], Tensor]:
-    """(Megatron name, expert) -> parameter, of all experts of one layer on rank 0; of none elsewhere."""
-    group: Any = parallel_state.get_expert_model_parallel_group()
-    ranks = dist.get_process_group_ranks(group)
-    places = [(entry.megatron[0], expert) for expert in local_experts(architecture) for entry in entries]
-    mine = [held[name, layer, expert].parameter.detach() for name, expert in places]
-    if 0 not in ranks:
-        return {}
-    if len(ranks) == 1:
-        return dict(zip(places, mine, strict=True))
-    # as bytes: gloo knows no bfloat16
-    sent = torch.cat([tensor.flatten() for tensor in mine]).view(torch.uint8)
+def _shares_of_all_ranks(mine: Share, held: dict[Shard, tuple[Parameter, Tensor]]) -> list[Share]:
+    """By rank. Raises RuntimeError on every rank if any one's values are not alike, or not of their parameters' shape."""
+    problems = [
+        f"{name}: value of shape {list(tensor.shape)}, not {list(parameter.shape)}"
+        for (name, _), (parameter, tensor) in held.items()
+        if tensor.shape != parameter.shape
+    ]
+    dtypes = {str(tensor.dtype) for _, tensor in held.values()}
+    told: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(told, (mine, problems, dtypes))
+    problems = [problem for _, theirs, _ in told for problem in theirs]
+    if len(dtypes := set().union(*(theirs for _, _, theirs in told))) > 1:
+        problems.append(f"tensors of one dtype can be gathered, not of {', '.join(sorted(dtypes))}")
+    if problems:
+        raise RuntimeError("\n".join(problems))
+    return [share for share, _, _ in told]
+
+
+def _senders(places: list[Place], layer: int | None, shares: list[Share]) -> dict[Shard, int]:
+    """Shard -> the lowest rank that holds it, of all `places` of one layer (None: outside the layers), in their order.
+
+    Raises RuntimeError, on every rank alike, if nobody holds one.
+    """
+    by_expert: defaultdict[int | None, list[Place]] = defaultdict(list)
+    for place in places:
+        by_expert[place.expert].append(place)
+    lowest: dict[Shard, int] = {}
+    for rank, share in enumerate(shares):
+        if layer is not None and layer not in share.layers:
+            continue
+        for place in itertools.chain.from_iterable(by_expert[expert] for expert in (None, *share.experts)):
+            if layer is not None or place.name in share.outside_layers:
+                lowest.setdefault((place.name, share.shard_of(place.entry)[0]), rank)
+    needed = [(place.name, index) for place in places for index in range(_number_of_shards(place, shares))]
+    if absent := [name for name, index in needed if (name, index) not in lowest]:
+        raise RuntimeError(f"no rank holds {', '.join(absent)}")
+    return {shard: lowest[shard] for shard in needed}
+
+
+def _number_of_shards(place: Place, shares: list[Share]) -> int:
+    _, size = shares[0].shard_of(place.entry)  # alike on all ranks
+    return size
+
+
+def _gather_layer(
+    places: list[Place],
+    senders: dict[Shard, int],
+    shares: list[Share],
+    held: dict[Shard, Tensor],
+    architecture: Architecture,
+) -> Iterator[tuple[str, Tensor]]:
     if dist.get_rank() != 0:
-        dist.gather(sent, dst=0, group=group)
-        return {}
-    received = [torch.empty_like(sent) for _ in ranks]
-    dist.gather(sent, received, dst=0, group=group)
-    sizes = [tensor.numel() for tensor in mine]
-    gathered: dict[tuple[str, int], Tensor] = {}
-    for turn, buffer in enumerate(received):
-        pieces = buffer.view(mine[0].dtype).split(sizes)
-        for (name, expert), piece, like in zip(places, pieces, mine, strict=True):
-            # rank 0 holds the first experts, and each rank of the group as many
-            gathered[name, expert + turn * len(local_experts(architecture))] = piece.view(like.shape)
-    return gathered
+        if mine := [held[shard] for shard, rank in senders.items() if rank == dist.get_rank()]:
+            _exchange([dist.P2POp(dist.isend, _as_bytes(mine), 0)])
+        return
+    entries = {place.name: place.entry for place in places}
+    shapes = {(name, index): shares[rank].shard_shape(entries[name]) for (name, index), rank in senders.items()}
+    at_hand = _receive(senders, shapes, like=next(iter(held.values())))
+    at_hand |= {shard: held[shard] for shard, rank in senders.items() if rank == 0}
+    for place in places:
+        shards = [at_hand[place.name, index] for index in range(_number_of_shards(place, shares))]
+        full = unshard(place.entry, shards, architecture)
+        yield from zip(place.hf_names, split(place.entry, full, architecture), strict=True)
+
+
+def _receive(senders: dict[Shard, int], shapes: dict[Shard, Shape], like: Tensor) -> dict[Shard, Tensor]:
+    """What other ranks send, all at once. `like`: a tensor of the dtype and on the device of all."""
+    lists = {rank: [shard for shard in senders if senders[shard] == rank] for rank in set(senders.values()) - {0}}
+    sizes = {rank: [math.prod(shapes[shard]) for shard in shards] for rank, shards in lists.items()}
+    buffers = {
+        rank: torch.empty(sum(sizes[rank]) * like.itemsize, dtype=torch.uint8, device=like.device) for rank in lists
+    }
+    _exchange([dist.P2POp(dist.irecv, buffer, rank) for rank, buffer in buffers.items()])
+    received: dict[Shard, Tensor] = {}
+    for rank, shards in lists.items():
+        pieces = buffers[rank].view(like.dtype).split(sizes[rank])
+        received |= {shard: piece.view(shapes[shard]) for shard, piece in zip(shards, pieces, strict=True)}
+    return received
+
+
+def _as_bytes(tensors: list[Tensor]) -> Tensor:
+    """Flat: gloo knows no bfloat16."""
+    return torch.cat([tensor.flatten() for tensor in tensors]).view(torch.uint8)
+
+
+def _exchange(operations: list[dist.P2POp]) -> None:
+    """As one batch: NCCL then uses the whole group's connections, and opens none for each pair."""
+    for work in dist.batch_isend_irecv(operations) if operations else []:
+        work.wait()

@@ -5,10 +5,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_vespo.checkpoint.hf_rope import positive_number, read_rope
 from megatron_vespo.config import ConfigError
 
 CONFIG_FILE = "config.json"
-SUPPORTED_ARCHITECTURES = ("Qwen3MoeForCausalLM",)
+
+
+@dataclass(frozen=True)
+class Family:
+    """What a Hugging Face class is, whatever its config.json says."""
+
+    qk_norm: bool
+    has_experts: bool
+    head_dim_required: bool = False
+    """transformers' default for it is a constant, not hidden size over heads."""
+
+
+FAMILIES = {
+    "Qwen3MoeForCausalLM": Family(qk_norm=True, has_experts=True),
+    "Qwen3ForCausalLM": Family(qk_norm=True, has_experts=False, head_dim_required=True),
+    "LlamaForCausalLM": Family(qk_norm=False, has_experts=False),
+}
+SUPPORTED_ARCHITECTURES = tuple(FAMILIES)
 
 SIZES = {
     "vocab_size": "vocab_size",
@@ -17,12 +35,16 @@ SIZES = {
     "num_attention_heads": "num_attention_heads",
     "num_query_groups": "num_key_value_heads",
     "ffn_hidden_size": "intermediate_size",
-    "num_experts": "num_experts",
-    "experts_per_token": "num_experts_per_tok",
-    "moe_ffn_hidden_size": "moe_intermediate_size",
     "max_position_embeddings": "max_position_embeddings",
 }
 """Field of `Architecture` -> required positive integer of config.json."""
+
+EXPERT_SIZES = {
+    "num_experts": "num_experts",
+    "experts_per_token": "num_experts_per_tok",
+    "moe_ffn_hidden_size": "moe_intermediate_size",
+}
+"""As `SIZES`, of models with experts."""
 
 FLAGS = {"tied_embeddings": "tie_word_embeddings", "normalise_topk": "norm_topk_prob"}
 """Field of `Architecture` -> boolean of config.json; false where it is absent, as in transformers."""
@@ -42,19 +64,31 @@ class Architecture:
     num_query_groups: int
     """Key/value heads."""
     head_dim: int
+    qk_norm: bool
+    """Queries and keys are normalised per head."""
     ffn_hidden_size: int
     """Width of a dense feed-forward layer; no layer of a model without dense layers uses it."""
+    moe_layers: tuple[bool, ...]
+    """Of each layer: is it MoE (else dense)?"""
     num_experts: int
+    """Of each MoE layer; 0, as the other sizes of experts, in a model without."""
     experts_per_token: int
     moe_ffn_hidden_size: int
     """Width of one expert."""
     norm_epsilon: float
     rotary_base: float
+    rope_scaling_factor: float | None
+    """Llama 3's `factor`; None where rotary frequencies are not scaled."""
     tied_embeddings: bool
     """The output layer is the embedding."""
     normalise_topk: bool
-    """Gate weights of the chosen experts are divided by their sum."""
+    """Gate weights of the chosen experts are divided by their sum; False in a model without experts."""
     max_position_embeddings: int
+
+    @property
+    def is_moe(self) -> bool:
+        """Has at least one MoE layer."""
+        return any(self.moe_layers)
 
 
 def read_architecture(folder: str | Path) -> Architecture:
@@ -66,26 +100,26 @@ def read_architecture(folder: str | Path) -> Architecture:
     path = Path(folder) / CONFIG_FILE
     values = read_config_json(folder)
     name = _supported_name(values, path)
-    mistakes = [*_uncomputable(values), *_size_mistakes(values)]
-    numbers: dict[str, Any] = {}
-    for field, getter in (("rotary_base", _rotary_base), ("norm_epsilon", _norm_epsilon)):
+    family = FAMILIES[name]
+    mistakes = [*_uncomputable(values), *_size_mistakes(values, family), *_layer_kind_mistakes(values, family)]
+    mistakes += [f"{key}: expected true or false, found {values[key]!r}" for key in _not_flags(values)]
+    read: dict[str, Any] = {}
+    for getter in (read_rope, _norm_epsilon):
         try:
-            numbers[field] = getter(values)
+            read |= getter(values)
         except ValueError as error:
             mistakes.append(str(error))
-    flags = {field: values.get(key, False) for field, key in FLAGS.items()}
-    mistakes += [f"{key}: expected true or false, found {values[key]!r}" for key in _not_flags(values)]
     if mistakes:
         raise ConfigError("\n".join([f"{path}: this model can't be used:", *(f"  {mistake}" for mistake in mistakes)]))
+    read |= {field: values[_spelling(values, key)] for field, key in _sizes(family).items()}
+    read |= {field: values.get(key, False) for field, key in FLAGS.items()}
+    if family.has_experts:
+        read["moe_layers"] = _moe_layers(values)
+    else:
+        read |= dict.fromkeys(EXPERT_SIZES, 0)
+        read |= {"moe_layers": (False,) * values["num_hidden_layers"], "normalise_topk": False}
     head_dim = values.get("head_dim") or values["hidden_size"] // values["num_attention_heads"]
-    sizes = {field: values[_spelling(values, key)] for field, key in SIZES.items()}
-    return Architecture(
-        architecture=name,
-        head_dim=head_dim,
-        **sizes,
-        **flags,
-        **numbers,
-    )
+    return Architecture(architecture=name, head_dim=head_dim, qk_norm=family.qk_norm, **read)
 
 
 def read_config_json(folder: str | Path) -> dict[str, Any]:
@@ -129,21 +163,23 @@ def _uncomputable(values: dict[str, Any]) -> list[str]:
         mistakes.append(f"hidden_act: {values['hidden_act']!r} is not supported, only 'silu'")
     if values.get("attention_bias"):
         mistakes.append("attention_bias: biases in attention are not supported, only false")
+    if values.get("mlp_bias"):
+        mistakes.append("mlp_bias: biases in feed-forward layers are not supported, only false")
     if values.get("attention_dropout"):
         mistakes.append("attention_dropout: not supported, only 0")
     if values.get("use_sliding_window"):
         mistakes.append("use_sliding_window: sliding-window attention is not supported, only false")
-    if values.get("mlp_only_layers"):
-        mistakes.append(
-            f"mlp_only_layers: dense layers ({values['mlp_only_layers']}) among MoE layers are not supported"
-        )
-    if values.get("decoder_sparse_step", 1) != 1:
-        mistakes.append(
-            f"decoder_sparse_step: {values['decoder_sparse_step']!r} is not supported, only 1 (all layers MoE)"
-        )
+    if kinds := set(values.get("layer_types") or ()) - {"full_attention"}:
+        mistakes.append(f"layer_types: {', '.join(sorted(map(repr, kinds)))} not supported, only 'full_attention'")
+    if values.get("pretraining_tp") not in (None, 1):
+        mistakes.append(f"pretraining_tp: {values['pretraining_tp']!r} is not supported, only 1")
     if values.get("quantization_config"):
         mistakes.append("quantization_config: quantised weights can't be trained; use the unquantised checkpoint")
     return mistakes
+
+
+def _sizes(family: Family) -> dict[str, str]:
+    return SIZES | EXPERT_SIZES if family.has_experts else SIZES
 
 
 def _spelling(values: dict[str, Any], key: str) -> str:
@@ -155,9 +191,9 @@ def _not_flags(values: dict[str, Any]) -> list[str]:
     return [key for key in FLAGS.values() if not isinstance(values.get(key, False), bool)]
 
 
-def _size_mistakes(values: dict[str, Any]) -> list[str]:
-    keys = [_spelling(values, key) for key in SIZES.values()]
-    if values.get("head_dim") is not None:
+def _size_mistakes(values: dict[str, Any], family: Family) -> list[str]:
+    keys = [_spelling(values, key) for key in _sizes(family).values()]
+    if values.get("head_dim") is not None or family.head_dim_required:
         keys.append("head_dim")
     mistakes = []
     for key in keys:
@@ -173,37 +209,36 @@ def _size_mistakes(values: dict[str, Any]) -> list[str]:
         mistakes.append(f"num_attention_heads: {heads} is not a multiple of num_key_value_heads ({groups})")
     if values.get("head_dim") is None and values["hidden_size"] % heads:
         mistakes.append(f"hidden_size: {values['hidden_size']} is not a multiple of num_attention_heads ({heads})")
-    experts, chosen = values[_spelling(values, "num_experts")], values["num_experts_per_tok"]
-    if chosen > experts:
-        mistakes.append(f"num_experts_per_tok: {chosen} is more than num_experts ({experts})")
+    if family.has_experts:
+        experts, chosen = values[_spelling(values, "num_experts")], values["num_experts_per_tok"]
+        if chosen > experts:
+            mistakes.append(f"num_experts_per_tok: {chosen} is more than num_experts ({experts})")
     return mistakes
 
 
-def _norm_epsilon(values: dict[str, Any]) -> float:
-    return _positive(values, "rms_norm_eps", "rms_norm_eps")
+def _norm_epsilon(values: dict[str, Any]) -> dict[str, float]:
+    return {"norm_epsilon": positive_number(values, "rms_norm_eps", "rms_norm_eps")}
 
 
-def _rotary_base(values: dict[str, Any]) -> float:
-    """transformers 5 writes `rope_parameters`; before, `rope_theta` and `rope_scaling` stood at the top."""
-    nested = values.get("rope_parameters")
-    where, key = (nested, "rope_parameters") if nested else (values.get("rope_scaling"), "rope_scaling")
-    if where is not None and not isinstance(where, dict):
-        raise ValueError(f"{key}: expected a mapping, found {where!r}")
-    where = where or {}
-    kind = where.get("rope_type", where.get("type", "default"))
-    if kind != "default":
-        raise ValueError(f"{key}: rope scaling ({kind!r}) is not supported, only 'default'")
-    if where.get("partial_rotary_factor", values.get("partial_rotary_factor", 1.0)) != 1.0:
-        raise ValueError("partial_rotary_factor: not supported, only 1.0")
-    if "rope_theta" in where:
-        return _positive(where, "rope_theta", f"{key}.rope_theta")
-    return _positive(values, "rope_theta", "rope_theta")
+def _layer_kind_mistakes(values: dict[str, Any], family: Family) -> list[str]:
+    """Of the settings of `_moe_layers`."""
+    layers, step = values.get("num_hidden_layers"), values.get("decoder_sparse_step", 1)
+    if not family.has_experts or type(layers) is not int or layers < 1:
+        return []
+    mistakes = []
+    if type(step) is not int or step < 1:
+        mistakes.append(f"decoder_sparse_step: expected a positive integer, found {step!r}")
+    dense = values.get("mlp_only_layers")
+    if dense is not None and not (
+        isinstance(dense, list) and all(type(layer) is int and 0 <= layer < layers for layer in dense)
+    ):
+        mistakes.append(f"mlp_only_layers: expected a list of layers, 0 to {layers - 1}, found {dense!r}")
+    if not mistakes and not any(_moe_layers(values)):
+        mistakes.append("mlp_only_layers, decoder_sparse_step: leave no MoE layer; such a model is Qwen3ForCausalLM")
+    return mistakes
 
 
-def _positive(values: dict[str, Any], key: str, shown: str) -> float:
-    value = values.get(key)
-    if value is None:
-        raise ValueError(f"{shown}: missing")
-    if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
-        raise ValueError(f"{shown}: expected a positive number, found {value!r}")
-    return float(value)
+def _moe_layers(values: dict[str, Any]) -> tuple[bool, ...]:
+    """The rule of transformers' Qwen3MoeDecoderLayer."""
+    dense, step = values.get("mlp_only_layers") or [], values.get("decoder_sparse_step", 1)
+    return tuple(layer not in dense and (layer + 1) % step == 0 for layer in range(values["num_hidden_layers"]))

@@ -7,13 +7,16 @@ before anything is started. Hence no torch here: what is done to the tensors of 
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from functools import cached_property
+from typing import NamedTuple
 
 from megatron_vespo.checkpoint.hf_config import Architecture
 
 Shape = tuple[int, ...]
+Cut = tuple[slice, ...]
+"""Index of a tensor, one slice for each dimension that is cut."""
 
 
 class Form(Enum):
@@ -22,6 +25,23 @@ class Form(Enum):
     WHOLE = "one tensor, unchanged"
     STACKED = "the tensors one after the other"
     QKV = "query, key, value, interleaved by query group"
+
+
+class Sharding(Enum):
+    """How the tensor-parallel ranks share an entry: those of the experts' group if it is an expert's, else of all."""
+
+    REPLICATED = "each rank has the whole"
+    ROWS = "each rank has as many rows of each Hugging Face tensor"
+    COLUMNS = "each rank has as many columns of each Hugging Face tensor"
+    VOCABULARY = "rows, after zero rows at the end that make them divide"
+
+
+class Layers(Enum):
+    """Which layers have an entry."""
+
+    ALL = "all"
+    MOE = "those with experts"
+    DENSE = "those without"
 
 
 @dataclass(frozen=True)
@@ -36,6 +56,8 @@ class Entry:
     form: Form
     hf: dict[str, Shape]
     """Name -> shape of the full tensor, in the order in which `form` puts them together."""
+    sharding: Sharding
+    layers: Layers = Layers.ALL
 
     @property
     def in_layer(self) -> bool:
@@ -51,8 +73,38 @@ class Entry:
         shapes = list(self.hf.values())
         return (sum(shape[0] for shape in shapes), *shapes[0][1:])
 
+    def is_on(self, moe_layer: bool) -> bool:
+        return self.layers is Layers.ALL or self.layers is (Layers.MOE if moe_layer else Layers.DENSE)
+
     def hf_names(self, layer: int | None = None, expert: int | None = None) -> list[str]:
         return [name.format(layer=layer, expert=expert) for name in self.hf]
+
+    def of_one_rank(self, size: int) -> "Entry":
+        """The entry that one of `size` tensor-parallel ranks has, if they share evenly (not for VOCABULARY).
+
+        Raises:
+            ValueError: they can't.
+        """
+        if size == 1 or self.sharding is Sharding.REPLICATED:
+            return self
+        axis = self.cut_axis
+        for name, shape in self.hf.items():
+            if shape[axis] % size:
+                raise ValueError(f"{name}: {shape[axis]} {self.sharding.name.lower()} don't divide by {size} ranks")
+        shares = {name: (*shape[:axis], shape[axis] // size, *shape[axis + 1 :]) for name, shape in self.hf.items()}
+        return replace(self, hf=shares, sharding=Sharding.REPLICATED)
+
+    def cuts(self, index: int, size: int) -> list[Cut]:
+        """What rank `index` of `size` has of each Hugging Face tensor. Raises as `of_one_rank`."""
+        if size == 1 or self.sharding is Sharding.REPLICATED:
+            return [() for _ in self.hf]
+        axis = self.cut_axis
+        lengths = [shape[axis] for shape in self.of_one_rank(size).hf.values()]
+        return [(slice(None),) * axis + (slice(index * length, (index + 1) * length),) for length in lengths]
+
+    @property
+    def cut_axis(self) -> int:
+        return 1 if self.sharding is Sharding.COLUMNS else 0
 
     def match(self, name: str) -> tuple[int | None, int | None] | None:
         """(layer, expert) as they stand in a Megatron parameter name, or None if it is another entry's."""
@@ -70,6 +122,24 @@ class Entry:
         return [re.compile(name) for name in escaped]
 
 
+class Place(NamedTuple):
+    """One parameter of the whole model."""
+
+    entry: Entry
+    layer: int | None
+    """Counted over the whole model, from 0, as `expert`."""
+    expert: int | None
+
+    @property
+    def name(self) -> str:
+        """Megatron's name in a model that is in one piece; unique."""
+        return self.entry.megatron[0].format(layer=self.layer, expert=self.expert)
+
+    @property
+    def hf_names(self) -> list[str]:
+        return self.entry.hf_names(self.layer, self.expert)
+
+
 @dataclass(frozen=True)
 class Table:
     """An architecture's entries. Every parameter of the Megatron model and every tensor of the folder is in one."""
@@ -78,25 +148,26 @@ class Table:
     duplicates: dict[str, str]
     """Tensor that a folder may hold as well -> tensor of `entries` that it must equal (a tied output layer)."""
 
-    def places(self, architecture: Architecture) -> Iterator[tuple[Entry, int | None, int | None]]:
-        """Every (entry, layer, expert) of the model in the fixed order of gathering and export:
+    def places(self, architecture: Architecture) -> Iterator[Place]:
+        """Every parameter of the model in the fixed order of gathering and export:
         what is outside the layers, then layer by layer, first what is outside the experts, then expert by expert."""
         for entry in self.entries:
             if not entry.in_layer:
-                yield entry, None, None
-        for layer in range(architecture.num_layers):
-            for entry in self.entries:
-                if entry.in_layer and not entry.in_expert:
-                    yield entry, layer, None
+                yield Place(entry, None, None)
+        for layer, moe_layer in enumerate(architecture.moe_layers):
+            entries = [entry for entry in self.entries if entry.in_layer and entry.is_on(moe_layer)]
+            for entry in entries:
+                if not entry.in_expert:
+                    yield Place(entry, layer, None)
             for expert in range(architecture.num_experts):
-                for entry in self.entries:
+                for entry in entries:
                     if entry.in_expert:
-                        yield entry, layer, expert
+                        yield Place(entry, layer, expert)
 
     def hf_shapes(self, architecture: Architecture) -> dict[str, Shape]:
         """Name -> shape of every Hugging Face tensor of the model, in the fixed order."""
         return {
             name: shape
-            for entry, layer, expert in self.places(architecture)
-            for name, shape in zip(entry.hf_names(layer, expert), entry.hf.values(), strict=True)
+            for place in self.places(architecture)
+            for name, shape in zip(place.hf_names, place.entry.hf.values(), strict=True)
         }

@@ -113,11 +113,12 @@ class TensorReader:
         self._tensors = tensors
         self._files: dict[Path, Any] = {}
 
-    def read(self, name: str) -> "Tensor":
+    def read(self, name: str, cut: tuple[slice, ...] = ()) -> "Tensor":
+        """The tensor, or what `cut` selects of it (one slice for each dimension, from the first on)."""
         path = self._tensors[name].file
         if path not in self._files:
             self._files[path] = safe_open(path, framework="pt", device="cpu")
-        return self._files[path].get_tensor(name)
+        return self._files[path].get_slice(name)[cut] if cut else self._files[path].get_tensor(name)
 
     def close(self) -> None:
         self._files.clear()

@@ -11,7 +11,8 @@ from megatron_vespo.config.data import (
     Source,
 )
 from megatron_vespo.config.load import load_config
-from megatron_vespo.config.model import LayoutConfig, ModelConfig, OptimizerConfig, PolicyConfig
+from megatron_vespo.config.model import ModelConfig, OptimizerConfig
+from megatron_vespo.config.policy import LayoutConfig, PolicyConfig, RecomputeConfig, ReferenceConfig
 from megatron_vespo.config.rollout import EngineConfig, RolloutConfig, SamplingConfig, WeightSyncConfig
 from megatron_vespo.config.run import (
     DemonstrationsConfig,
@@ -45,6 +46,8 @@ __all__ = [
     "OptimizerConfig",
     "PolicyConfig",
     "ReasoningGymSource",
+    "RecomputeConfig",
+    "ReferenceConfig",
     "RewardConfig",
     "RolloutConfig",
     "SFTConfig",

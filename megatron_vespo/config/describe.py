@@ -2,6 +2,7 @@
 
 import yaml
 
+from megatron_vespo.config.policy import PolicyConfig
 from megatron_vespo.config.run import TrainConfig
 from megatron_vespo.config.section import Section
 
@@ -17,16 +18,30 @@ def derived_numbers(config: TrainConfig) -> list[str]:
     prompts = algorithm.rollout_batch_prompts
     per_step = algorithm.prompts_per_step * group
     batches = algorithm.steps // algorithm.staleness
-    layout = config.policy.layout
     return [
         f"rollout batch: {prompts} prompts x {group} = {prompts * group} trajectories "
         f"= {algorithm.staleness} steps of {per_step}",
         f"run: {batches} rollout batches = {algorithm.steps} steps, {algorithm.steps * per_step:,} trajectories",
         f"staleness: at most {algorithm.staleness - 1} optimizer steps between sampling and training",
-        f"layout: {config.policy.ranks} ranks = data parallel {config.policy.data_parallel_size}, expert parallel {layout.ep}",
+        describe_layout(config.policy),
         f"longest sequence: {config.data.max_prompt_tokens} + {config.rollout.max_response_tokens} tokens; "
-        f"micro-batches of up to {config.policy.micro_batch_tokens} tokens",
+        f"micro-batches of up to {config.policy.micro_batch_tokens * config.policy.layout.cp} tokens",
     ]
+
+
+def describe_layout(policy: PolicyConfig) -> str:
+    layout = policy.layout
+    axes = {"tensor": layout.tp, "context": layout.cp, "data": policy.data_parallel_size, "pipeline": layout.pp}
+    expert_data = policy.ranks // layout.expert_model_ranks
+    expert_axes = {"tensor": layout.etp, "expert": layout.ep, "data": expert_data, "pipeline": layout.pp}
+    text = f"layout: {policy.ranks} ranks = {_product(axes)}; experts: {_product(expert_axes)}"
+    return text + (f"; {layout.vpp} interleaved chunks of layers per stage" if layout.vpp > 1 else "")
+
+
+def _product(axes: dict[str, int]) -> str:
+    """The axes that are split; one rank alone is data parallel 1."""
+    split = {name: size for name, size in axes.items() if size > 1} or {"data": 1}
+    return " x ".join(f"{name} parallel {size}" for name, size in split.items())
 
 
 def describe_run(config: TrainConfig, full: bool) -> str:

@@ -7,7 +7,8 @@ from pydantic import Field, PositiveFloat, PositiveInt
 
 from megatron_vespo.config.algorithm import AlgorithmConfig
 from megatron_vespo.config.data import DataConfig, ExcludedPrompts, RewardConfig, Source
-from megatron_vespo.config.model import ModelConfig, OptimizerConfig, PolicyConfig
+from megatron_vespo.config.model import ModelConfig, OptimizerConfig
+from megatron_vespo.config.policy import PolicyConfig
 from megatron_vespo.config.rollout import RolloutConfig, SamplingConfig, WeightSyncConfig
 from megatron_vespo.config.section import Section
 
@@ -73,6 +74,8 @@ class TrainConfig(Section):
                 f"a step has {trajectories} trajectories (prompts_per_step * rollout.group_size) but there are "
                 f"{ranks} data-parallel ranks: each needs at least one",
             )
+        if self.policy.reference is not None and self.model.initialization == "random":
+            yield "policy.reference", "a model that starts from random weights has no reference: leave it out"
         yield from self.optimizer.warmup_problems(self.algorithm.steps)
         yield from self.evaluation.seed_problems("evaluation", self.rollout)
 
@@ -104,6 +107,8 @@ class SFTConfig(Section):
     observability: SinksConfig = SinksConfig()
 
     def own_problems(self) -> Iterator[tuple[str, str]]:
+        if self.policy.reference is not None:
+            yield "policy.reference", "supervised training has no KL term: leave it out"
         yield from self.optimizer.warmup_problems(self.steps)
 
 

@@ -23,9 +23,7 @@ def token_weights(
     return weights
 
 
-def local_count(
-    mode: str, response_mask: Tensor, cu_seqlens: Tensor, group: dist.ProcessGroup | None = None
-) -> Tensor:
+def local_count(mode: str, response_mask: Tensor, cu_seqlens: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
     """This call's share of the denominator, an int64 scalar: response tokens, or sequences that have any.
 
     A sequence that `group` shares is counted by its first rank.

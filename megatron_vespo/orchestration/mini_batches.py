@@ -7,6 +7,7 @@ import numpy as np
 from megatron_vespo.config import AdvantageConfig, RolloutConfig
 from megatron_vespo.objective.advantages import group_normalised
 from megatron_vespo.policy.batch import TrainingSequence
+from megatron_vespo.policy.packing import PackingReport
 from megatron_vespo.rollout.trajectory import Group, Trajectory
 
 
@@ -50,3 +51,14 @@ def _sequence(trajectory: Trajectory, key: int) -> TrainingSequence:
         advantage=trajectory.advantage,
         key=key,
     )
+
+
+def packing_figures(report: PackingReport) -> dict[str, float]:
+    """For the metrics of a step."""
+    return {
+        "packing/micro_batches": report.micro_batches,
+        "packing/fill": report.fill,
+        "packing/padding_share": 1 - report.real_positions / report.positions,
+        "packing/rank_balance": report.rank_balance,
+        "packing/step_balance": report.step_balance,
+    }

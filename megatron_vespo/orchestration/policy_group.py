@@ -1,24 +1,30 @@
 """The trainer as the loops see it: all ranks as one."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import ray
 from ray import ObjectRef
 
+from megatron_vespo.checkpoint.hf_config import Architecture
 from megatron_vespo.config import ObjectiveConfig, SFTConfig, TrainConfig
 from megatron_vespo.orchestration.cluster import actor_options
 from megatron_vespo.orchestration.policy_rank import PolicyRank
 from megatron_vespo.orchestration.runtime import Runtime
 from megatron_vespo.orchestration.supervision import all_of, from_part
 from megatron_vespo.policy.batch import TrainingSequence
-from megatron_vespo.policy.packing import pack_step
-from megatron_vespo.policy.result import StepResult, merge
+from megatron_vespo.policy.layout_fit import packing_rules
+from megatron_vespo.policy.packing import pack_step, report_packing
+from megatron_vespo.policy.result import StepResult, TokenScores, merge
 
 
 class PolicyGroup:
-    def __init__(self, config: TrainConfig | SFTConfig, runtime: Runtime, gpus_per_rank: int) -> None:
+    def __init__(
+        self, config: TrainConfig | SFTConfig, architecture: Architecture, runtime: Runtime, gpus_per_rank: int
+    ) -> None:
         self._config = config
+        self._packing = packing_rules(architecture, config.policy)
         self._supervisor = runtime.supervisor
         runtime.on_stop("policy", self.stop)
         self.ranks = [
@@ -32,19 +38,36 @@ class PolicyGroup:
 
     async def build(self, total_steps: int, seed: int, temperature: float) -> None:
         port = await self.on_first("open the trainer's port", lambda actor: actor.listen_for_ranks.remote())
-        await self.on_all("start policy", lambda actor, _: actor.build.remote(port, total_steps, seed, temperature))
+        self._share_of_rank: list[int] = await self.on_all(
+            "start policy", lambda actor, _: actor.build.remote(port, total_steps, seed, temperature)
+        )
 
     async def train_step(self, sequences: list[TrainingSequence], objective: ObjectiveConfig | None) -> StepResult:
         """One optimizer step on `sequences`, whose keys are 0 .. n - 1; merged over ranks.
 
         `objective` None is supervised training.
         """
-        policy = self._config.policy
-        shares = pack_step(sequences, policy.data_parallel_size, policy.micro_batch_tokens)
+        step = pack_step(sequences, self._packing)
+        shares = [ray.put(share) for share in step]
         results = await self.on_all(
-            "train a step", lambda actor, rank: actor.train_step.remote(shares[rank], objective)
+            "train a step", lambda actor, rank: actor.train_step.remote(shares[self._share_of_rank[rank]], objective)
         )
-        return merge(results)
+        return replace(merge(results), packing=report_packing(step, self._packing))
+
+    async def score(
+        self, sequences: list[TrainingSequence], *, with_entropy: bool = False, reference: bool = False
+    ) -> list[TokenScores]:
+        """Of each sequence's labels, in the order of `sequences`, whose keys are 0 .. n - 1.
+
+        `reference`: under the frozen weights of `policy.reference` instead of the current ones.
+        """
+        shares = [ray.put(share) for share in pack_step(sequences, self._packing)]
+        parts = await self.on_all(
+            "score sequences",
+            lambda actor, rank: actor.score.remote(shares[self._share_of_rank[rank]], with_entropy, reference),
+        )
+        by_key = {key: scores for part in parts for key, scores in part.items()}
+        return [by_key[sequence.key] for sequence in sequences]
 
     async def on_all(self, what: str, call: Callable[[Any, int], ObjectRef]) -> list:
         """`call(actor, rank)` on every rank; all answers in their order, within `policy.step_timeout_seconds`."""

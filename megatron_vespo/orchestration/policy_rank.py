@@ -10,7 +10,7 @@ import ray
 from megatron_vespo.config import ModelConfig, ObjectiveConfig, OptimizerConfig, PolicyConfig
 from megatron_vespo.orchestration.cluster import LOOPBACK
 from megatron_vespo.policy.batch import MicroBatch
-from megatron_vespo.policy.result import StepResult
+from megatron_vespo.policy.result import StepResult, TokenScores
 from megatron_vespo.rendezvous import listen, port_of
 from megatron_vespo.weights.buckets import Bucket, TensorSpec
 
@@ -34,8 +34,8 @@ class PolicyRank:
         self._listener = listen(LOOPBACK)
         return port_of(self._listener)
 
-    def build(self, port: int, total_steps: int, seed: int, temperature: float) -> None:
-        """Join the other ranks, build the model and load its weights."""
+    def build(self, port: int, total_steps: int, seed: int, temperature: float) -> int:
+        """Join the other ranks, build the model and load its weights. Returns which share of a step is this rank's."""
         from megatron_vespo.checkpoint.hf_config import read_architecture
         from megatron_vespo.checkpoint.load import load_hf_weights
         from megatron_vespo.policy.policy import MegatronPolicy
@@ -54,19 +54,31 @@ class PolicyRank:
             master=self._listener or (LOOPBACK, port),
             temperature=temperature,
         )
+        reference = self._policy_config.reference
+        if reference is not None and reference.path is not None:
+            load_hf_weights(self._policy.model, self._architecture, reference.path)
+            self._policy.freeze_reference(reference.offload)
         if self._model_config.initialization == "pretrained":
             load_hf_weights(self._policy.model, self._architecture, folder)
             self._policy.weights_were_loaded()
+        if reference is not None and reference.path is None:
+            self._policy.freeze_reference(reference.offload)
+        return self._policy.data_parallel_rank
 
     def train_step(self, micro_batches: list[MicroBatch], objective: ObjectiveConfig | None) -> StepResult:
         """One optimizer step; `objective` None is supervised training."""
         from megatron_vespo.orchestration.step_losses import loss_function
 
-        return self._policy.train_step(micro_batches, loss_function(objective))
+        return self._policy.train_step(micro_batches, loss_function(objective, self._policy.context_parallel_group))
+
+    def score(self, micro_batches: list[MicroBatch], with_entropy: bool, reference: bool) -> dict[int, TokenScores]:
+        """Scores of labels by key, of this rank's share on one of the share's ranks."""
+        return self._policy.score(micro_batches, with_entropy=with_entropy, reference=reference)
 
     def _tensors(self):
         from megatron_vespo.checkpoint.gather import gather_hf_tensors
 
+        self._policy.settle_parameters()
         return gather_hf_tensors(self._policy.model, self._architecture)
 
     def tensor_specs(self) -> list[TensorSpec]:
@@ -106,6 +118,7 @@ class PolicyRank:
         """Write a Hugging Face folder; tokenizer and config come from the model that was loaded."""
         from megatron_vespo.checkpoint.export import export_hf_folder
 
+        self._policy.settle_parameters()
         export_hf_folder(
             self._policy.model, self._architecture, source=self._model_config.path, target=folder, overwrite=overwrite
         )

@@ -14,6 +14,7 @@ from megatron_vespo.data.prompts import PromptStream, held_out_prompts, question
 from megatron_vespo.data.sources import numbered_sources
 from megatron_vespo.data.tokenizer import ChatTokenizer, load_tokenizer
 from megatron_vespo.orchestration.engine import engine_settings
+from megatron_vespo.policy.layout_fit import require_fit
 from megatron_vespo.rewards.scorers import build_scorers
 from megatron_vespo.rollout.server import EngineServer
 from megatron_vespo.rollout.trajectory import Prompt
@@ -60,9 +61,23 @@ def check_model(model: ModelConfig, policy: PolicyConfig) -> tuple[Architecture,
     """The model's shape, and the bytes of the checkpoint that it will be exported to."""
     pretrained = model.initialization == "pretrained"
     architecture = check_folder(model.path) if pretrained else read_architecture(model.path)
-    if architecture.num_experts % policy.layout.ep:
-        raise ConfigError(
-            f"policy.layout.ep ({policy.layout.ep}) does not divide the model's {architecture.num_experts} experts"
-        )
+    require_fit(architecture, policy)
+    if policy.reference is not None and policy.reference.path is not None:
+        require_same_shape(check_folder(policy.reference.path), architecture, policy.reference.path)
     sizes = tensor_bytes(table_of(architecture).hf_shapes(architecture), getattr(torch, model.dtype))
     return architecture, sum(sizes.values())
+
+
+def require_same_shape(reference: Architecture, architecture: Architecture, path: str) -> None:
+    """The reference is computed in the policy's own model."""
+    theirs, ours = vars(reference), vars(architecture)
+    different = [
+        f"{name} {theirs[name]} (policy: {ours[name]})"
+        for name in ours
+        if theirs[name] != ours[name] and name != "max_position_embeddings"
+    ]
+    if different:
+        raise ConfigError(
+            f"policy.reference.path: {path} is another model than model.path: {'; '.join(different)}. The reference "
+            "must have the policy's architecture"
+        )

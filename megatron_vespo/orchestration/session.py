@@ -92,7 +92,7 @@ async def start_session(
         config.model.path, config.model.dtype, config.data, config.rollout, config.seed, runtime.logs
     )
     engine = Engine(runtime, settings, gpus * engine_config.tensor_parallel, config.weight_sync.timeout_seconds)
-    policy = PolicyGroup(config, runtime, gpus)
+    policy = PolicyGroup(config, prepared.architecture, runtime, gpus)
     grader = RewardPool(config.reward, config.data, config.evaluation.sources, runtime.logs / "graders.log")
     runtime.on_stop("graders", lambda: asyncio.to_thread(grader.close))
 

@@ -28,7 +28,7 @@ def run_sft(config: SFTConfig, console: RunConsole) -> Path:
         ConfigError: before anything was started.
         RunError: the run failed or was stopped.
     """
-    _, checkpoint_bytes = check_model(config.model, config.policy)
+    architecture, checkpoint_bytes = check_model(config.model, config.policy)
     tokenizer = load_tokenizer(config.model.path)
     demonstrations = load_demonstrations(config.demonstrations, tokenizer)
     folder = create_run_folder(config, config.run_dir, config.overwrite, checkpoint_bytes)
@@ -36,7 +36,7 @@ def run_sft(config: SFTConfig, console: RunConsole) -> Path:
     async def main() -> None:
         console.phase("starting the trainer")
         async with Runtime(config.policy.ranks, folder) as runtime:
-            policy = PolicyGroup(config, runtime, gpus_per_process(config.policy.ranks))
+            policy = PolicyGroup(config, architecture, runtime, gpus_per_process(config.policy.ranks))
             await policy.build(config.steps, config.seed, temperature=1.0)
             await supervise(config, policy, demonstrations, metrics, console)
             console.phase("exporting the checkpoint")

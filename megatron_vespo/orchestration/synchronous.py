@@ -8,7 +8,7 @@ from megatron_vespo.config import TrainConfig
 from megatron_vespo.objective.diagnostics import difference_diagnostics, weight_diagnostics
 from megatron_vespo.observability.console import RunConsole
 from megatron_vespo.orchestration.evaluation import evaluate
-from megatron_vespo.orchestration.mini_batches import mini_batches, training_sequences
+from megatron_vespo.orchestration.mini_batches import mini_batches, packing_figures, training_sequences
 from megatron_vespo.orchestration.rollouts import collect_rollouts
 from megatron_vespo.orchestration.session import Session
 from megatron_vespo.orchestration.training_run import run_training_loop
@@ -45,6 +45,7 @@ async def train_step(session: Session, trajectories: list[Trajectory], batch: in
     session.console.progress(mini_batch, algorithm.staleness, "steps", f"batch {batch + 1}")
     started = time.monotonic()
     report = await session.policy.train_step(training_sequences(trajectories), algorithm.objective)
+    assert report.packing is not None
     seconds = time.monotonic() - started
 
     step = batch * algorithm.staleness + mini_batch + 1
@@ -68,6 +69,7 @@ async def train_step(session: Session, trajectories: list[Trajectory], batch: in
             "learning_rate": report.learning_rate,
             **weight_diagnostics(log_weight, phi, advantages),
             **difference_diagnostics(report.sums, difference),
+            **packing_figures(report.packing),
             "tokens/trained": trained,
             "time/train": seconds,
             "speed/trained_tokens_per_second": trained / seconds,

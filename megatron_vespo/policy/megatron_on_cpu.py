@@ -2,7 +2,7 @@
 
 Installed once per process, and never where there is CUDA. The substitutions are few and as narrow as Megatron's source
 allows: functions of torch.cuda that only raise on such a machine, the name `torch` inside four Megatron modules, and
-two of Megatron's functions.
+four of Megatron's functions.
 """
 
 import contextlib
@@ -14,9 +14,12 @@ from typing import Any
 import megatron.core
 import torch
 import torch._dynamo
+import torch.distributed as dist
+import torch.nn.functional as F
 from megatron.core import utils as megatron_utils
 from megatron.core.optimizer import clip_grads, distrib_optimizer, optimizer
 from megatron.core.pipeline_parallel import schedules
+from megatron.core.tensor_parallel import mappings
 from megatron.core.tensor_parallel import random as megatron_random
 from megatron.core.transformer.moe import moe_utils, token_dispatcher
 
@@ -52,6 +55,7 @@ def install(cuda_available: bool) -> bool:
     _substitute_device_literals()
     _substitute_type_names()
     _substitute_token_dispatch()
+    _substitute_uneven_collectives()
     # Megatron decorates small functions with torch.compile, which on CPU means minutes of C++ compilation.
     torch._dynamo.config.disable = True
     setattr(torch.cuda, INSTALLED_MARK, True)
@@ -66,6 +70,9 @@ def installed() -> bool:
 class _Stream:
     """Of torch.cuda.Stream and Event what Megatron calls. Work on a CPU is in order, so nothing is to be waited for."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
     def wait_stream(self, stream: "_Stream") -> None:
         pass
 
@@ -78,17 +85,19 @@ class _Stream:
 
 def _substitute_torch_cuda() -> None:
     stream = _Stream()
-    substitutes: dict[str, Callable] = {
+    substitutes: dict[str, Any] = {
         # The router, rotary embedding, linear layers and gradient buffers ask where to put a tensor.
         "current_device": lambda: CPU,
         # The all-to-all dispatcher copies its splits on a side stream; timers and group creation synchronize.
-        "Stream": lambda *args, **kwargs: stream,
+        "Stream": _Stream,  # a class, since others name it in type annotations
         "stream": lambda _: contextlib.nullcontext(),
         "current_stream": lambda *args, **kwargs: stream,
         "synchronize": lambda *args, **kwargs: None,
     }
     for name, substitute in substitutes.items():
         setattr(torch.cuda, name, substitute)
+    # A tied embedding is moved to the GPU before the first and last pipeline stages agree on it.
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
 
 
 def _substitute_random_state() -> None:
@@ -174,3 +183,37 @@ def _substitute_token_dispatch() -> None:
 
 def _splits_as_numpy(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
     return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+
+def _substitute_uneven_collectives() -> None:
+    """gloo wants equal sizes where NCCL takes unequal ones: experts that are split (etp > 1) exchange what they got.
+
+    Padded to the largest, the same rows arrive and the same sums are formed.
+    """
+    gather, reduce_scatter = mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim
+
+    def gather_uneven(input_, group, output_split_sizes=None, use_global_buffer=False):
+        if output_split_sizes is None or group.size() == 1:
+            return gather(input_, group, output_split_sizes, use_global_buffer)
+        longest = max(output_split_sizes)
+        parts = [input_.new_empty(longest, *input_.shape[1:]) for _ in output_split_sizes]
+        dist.all_gather(parts, _with_rows(input_, longest), group=group)
+        return torch.cat([part[:rows] for part, rows in zip(parts, output_split_sizes, strict=True)])
+
+    def reduce_scatter_uneven(input_, group, input_split_sizes=None, use_global_buffer=False):
+        if input_split_sizes is None or group.size() == 1:
+            return reduce_scatter(input_, group, input_split_sizes, use_global_buffer)
+        longest = max(input_split_sizes)
+        parts = [_with_rows(part, longest) for part in input_.split(input_split_sizes)]
+        mine = torch.empty_like(parts[0])
+        dist.reduce_scatter(mine, parts, group=group)
+        return mine[: input_split_sizes[group.rank()]]
+
+    mappings._gather_along_first_dim = gather_uneven
+    mappings._reduce_scatter_along_first_dim = reduce_scatter_uneven
+
+
+def _with_rows(tensor: torch.Tensor, rows: int) -> torch.Tensor:
+    """[n, ...] -> [rows, ...], contiguous, zeros below."""
+    missing = rows - tensor.shape[0]
+    return F.pad(tensor, (*[0, 0] * (tensor.dim() - 1), 0, missing)).contiguous()

@@ -2,146 +2,136 @@
 
 from typing import Any
 
-import torch
-import torch.nn.functional as F
+from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_vespo.checkpoint.hf_config import Architecture
-from megatron_vespo.config import ConfigError, ModelConfig, PolicyConfig
+from megatron_vespo.config import ModelConfig, PolicyConfig
 from megatron_vespo.policy.attention import PackedAttention
 from megatron_vespo.policy.device import Device
-from megatron_vespo.policy.head import token_log_probs
+from megatron_vespo.policy.head import token_scores
+from megatron_vespo.policy.layout_fit import padded_vocabulary, require_fit
+from megatron_vespo.policy.norm import PackedRMSNorm
+from megatron_vespo.policy.transformer_config import transformer_config
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+class ScoringHead(ColumnParallelLinear):
+    """The output layer. Given labels it returns their scores instead of logits (`head.token_scores`)."""
+
+    def forward(self, input_: Tensor, weight: Tensor | None = None, *args: Any, labels=None, **settings: Any):
+        """`input_` [t, 1, h], with sequence parallelism this rank's [t/tp, 1, h]; `labels` [t] or None for logits."""
+        if labels is None:
+            return super().forward(input_, weight, *args, **settings)
+        if self.sequence_parallel:
+            hidden = gather_from_sequence_parallel_region(input_, group=self.tp_group)
+        else:
+            hidden = copy_to_tensor_model_parallel_region(input_, group=self.tp_group)
+        own = self.weight if weight is None else weight
+        return token_scores(hidden.squeeze(1), own, labels, group=self.tp_group, **settings)  # type: ignore[arg-type]
 
 
 class PolicyModel(GPTModel):
-    """GPTModel whose forward pass gives float32 log-probs [t] of `labels` [1, t], taken at the sampling temperature.
+    """GPTModel that gives (log-probs, entropy) of `labels` [1, t], at the sampling temperature.
 
-    The output layer runs inside the forward pass, in chunks, so that no rank holds [t, vocabulary]. Without labels it
-    gives logits, as GPTModel does. On a pipeline stage that is not the last it gives hidden states.
+    Each is [t] float32, the same on all tensor-parallel ranks; entropy is None unless `with_entropy` is set. The output
+    layer runs inside the forward pass, in chunks, so that no rank holds [t, vocabulary]. Without labels it gives logits,
+    as GPTModel does. On a pipeline stage that is not the last it gives hidden states.
+
+    Attributes:
+        with_entropy: whether forward passes give the entropy too; may be changed between them.
     """
 
-    def __init__(self, *args: Any, temperature: float, head_chunk_tokens: int, **kwargs: Any):
+    def __init__(self, *args: Any, real_vocabulary: int, temperature: float, head_chunk_tokens: int, **kwargs: Any):
         super().__init__(*args, **kwargs)
+        self.real_vocabulary = real_vocabulary
         self.temperature = temperature
         self.head_chunk_tokens = head_chunk_tokens
+        self.with_entropy = False
+
+    def setup_embeddings_and_output_layer(self) -> None:
+        """GPTModel's constructor calls this once the output layer exists: ours takes its place first."""
+        if self.post_process:
+            self.output_layer = ScoringHead(
+                self.config.hidden_size,
+                self.vocab_size,
+                config=self.config,
+                init_method=self.config.init_method,  # type: ignore[arg-type]
+                bias=False,
+                gather_output=False,
+                skip_weight_param_allocation=self.pre_process and self.share_embeddings_and_output_weights,
+                tp_group=self.pg_collection.tp,
+            )
+        super().setup_embeddings_and_output_layer()
 
     def _postprocess(self, hidden_states: Tensor, input_ids: Tensor, position_ids: Tensor, labels: Tensor, **rest: Any):
         if labels is None or not self.post_process:
             return super()._postprocess(hidden_states, input_ids, position_ids, labels, **rest)
-        return token_log_probs(
-            hidden_states.squeeze(1), self.output_weight(), labels.squeeze(0), self.temperature, self.head_chunk_tokens
+        shared = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        return self.output_layer(
+            hidden_states,
+            weight=shared,
+            labels=labels.squeeze(0),
+            temperature=self.temperature,
+            chunk_tokens=self.head_chunk_tokens,
+            vocab_size=self.real_vocabulary,
+            with_entropy=self.with_entropy,
         )
-
-    def output_weight(self) -> Tensor:
-        """[vocabulary, hidden]: the embedding's if they are tied."""
-        if self.share_embeddings_and_output_weights:
-            return self.shared_embedding_or_output_weight()
-        return self.output_layer.weight  # type: ignore[return-value]
-
-
-class PackedRMSNorm(torch.nn.RMSNorm):
-    """torch's RMSNorm with the constructor that Megatron's layer specs call and the weight's dtype from the config."""
-
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any):
-        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
 
 
 def build_model(
     architecture: Architecture, model: ModelConfig, policy: PolicyConfig, device: Device, temperature: float
-) -> PolicyModel:
-    """The model of this rank on its device. Weights of matrices are not initialised: load or `initialise` them.
+) -> list[PolicyModel]:
+    """This rank's part of the model on its device, a chunk for each virtual pipeline stage. Weights are of no meaning yet.
 
     Raises:
-        ConfigError: the layout does not fit the model.
+        ConfigError: the layout does not fit the model, or needs what this machine lacks.
     """
-    if architecture.num_experts % policy.layout.ep:
-        raise ConfigError(
-            f"policy.layout.ep: the model's {architecture.num_experts} experts don't divide by {policy.layout.ep}"
-        )
+    require_fit(architecture, policy)
     config = transformer_config(architecture, model, policy, device)
-    built = PolicyModel(
-        config,
-        layer_spec(config, device),
-        vocab_size=architecture.vocab_size,
-        max_sequence_length=architecture.max_position_embeddings,
-        share_embeddings_and_output_weights=architecture.tied_embeddings,
-        position_embedding_type="rope",
-        rotary_base=architecture.rotary_base,  # type: ignore[arg-type]
-        temperature=temperature,
-        head_chunk_tokens=policy.head_chunk_tokens,
-    )
-    return built.to(device.torch_device)
+    chunks = []
+    for stage in range(policy.layout.vpp):
+        vp_stage = stage if policy.layout.vpp > 1 else None
+        chunk = PolicyModel(
+            config,
+            layer_spec(config, device, vp_stage),  # type: ignore[arg-type]
+            vocab_size=padded_vocabulary(architecture, policy),
+            max_sequence_length=architecture.max_position_embeddings,
+            pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
+            post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
+            share_embeddings_and_output_weights=architecture.tied_embeddings,
+            position_embedding_type="rope",
+            rotary_base=architecture.rotary_base,  # type: ignore[arg-type]
+            rope_scaling=architecture.rope_scaling_factor is not None,
+            rope_scaling_factor=architecture.rope_scaling_factor or 1.0,
+            vp_stage=vp_stage,
+            real_vocabulary=architecture.vocab_size,
+            temperature=temperature,
+            head_chunk_tokens=policy.head_chunk_tokens,
+        )
+        chunks.append(chunk.to(device.torch_device))
+    return chunks
 
 
-def transformer_config(
-    architecture: Architecture, model: ModelConfig, policy: PolicyConfig, device: Device
-) -> TransformerConfig:
-    """Everything that TransformerConfig would otherwise choose by itself and that matters is named here."""
-    dtype = DTYPES[model.dtype]
-    return TransformerConfig(
-        num_layers=architecture.num_layers,
-        hidden_size=architecture.hidden_size,
-        num_attention_heads=architecture.num_attention_heads,
-        num_query_groups=architecture.num_query_groups,
-        kv_channels=architecture.head_dim,
-        ffn_hidden_size=architecture.ffn_hidden_size,
-        normalization="RMSNorm",
-        layernorm_epsilon=architecture.norm_epsilon,
-        qk_layernorm=True,
-        gated_linear_unit=True,
-        activation_func=F.silu,
-        add_bias_linear=False,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
-        num_moe_experts=architecture.num_experts,
-        moe_router_topk=architecture.experts_per_token,
-        moe_ffn_hidden_size=architecture.moe_ffn_hidden_size,
-        **_router_settings(architecture, policy),
-        moe_token_dispatcher_type="alltoall",
-        moe_grouped_gemm=device.transformer_engine,
-        expert_model_parallel_size=policy.layout.ep,
-        params_dtype=dtype,
-        pipeline_dtype=dtype,
-        bf16=dtype == torch.bfloat16,
-        # Loss functions return a sum and a count; Megatron divides by the count of all ranks and micro-batches.
-        calculate_per_token_loss=True,
-        perform_initialization=False,
-        use_cpu_initialization=not device.is_cuda,
-        persist_layer_norm=device.transformer_engine,
-        bias_activation_fusion=device.is_cuda,
-        bias_dropout_fusion=device.is_cuda,
-        masked_softmax_fusion=False,
-        gradient_accumulation_fusion=device.fused_gradient_accumulation,
-    )
-
-
-def _router_settings(architecture: Architecture, policy: PolicyConfig) -> dict[str, Any]:
-    """Softmax over the chosen experts' logits equals Qwen3's softmax over all, then division by the chosen sum."""
-    return {
-        "moe_router_pre_softmax": not architecture.normalise_topk,
-        "moe_router_dtype": "fp32" if policy.router_dtype == "float32" else None,
-        "moe_router_load_balancing_type": "aux_loss" if policy.router_aux_loss else "none",
-        "moe_aux_loss_coeff": policy.router_aux_loss,
-        "moe_z_loss_coeff": policy.router_z_loss or None,
-    }
-
-
-def layer_spec(config: TransformerConfig, device: Device) -> TransformerBlockSubmodules:
+def layer_spec(config: TransformerConfig, device: Device, vp_stage: int | None = None) -> TransformerBlockSubmodules:
     """Transformer Engine's layers where they can be had, else Megatron's own with packed attention and torch's norm."""
     if device.transformer_engine:
-        return get_gpt_decoder_block_spec(config, use_transformer_engine=True)
-    block = get_gpt_decoder_block_spec(config, use_transformer_engine=False, normalization="RMSNorm")
+        return get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=vp_stage)
+    block = get_gpt_decoder_block_spec(config, use_transformer_engine=False, normalization="RMSNorm", vp_stage=vp_stage)
     for layer in block.layer_specs or []:
         parts: Any = layer.submodules
         attention = parts.self_attention.submodules
         attention.core_attention = PackedAttention
-        attention.q_layernorm = attention.k_layernorm = PackedRMSNorm
+        if config.qk_layernorm:
+            attention.q_layernorm = attention.k_layernorm = PackedRMSNorm
         parts.input_layernorm = parts.pre_mlp_layernorm = PackedRMSNorm
     block.layer_norm = PackedRMSNorm  # type: ignore[assignment]
     return block

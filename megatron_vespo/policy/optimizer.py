@@ -9,8 +9,9 @@ from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePred
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, ParamGroupOverride
 from megatron.core.transformer.module import MegatronModule
 
-from megatron_vespo.config import ModelConfig, OptimizerConfig, PolicyConfig
-from megatron_vespo.policy.model import DTYPES
+from megatron_vespo.config import ConfigError, ModelConfig, OptimizerConfig, PolicyConfig
+from megatron_vespo.policy.device import Device
+from megatron_vespo.policy.transformer_config import DTYPES
 
 WRAPPER_PREFIX = re.compile(r"^(module\.)+")
 FUSED_NORMS = {
@@ -21,13 +22,22 @@ FUSED_NORMS = {
 
 
 def build_optimizer(
-    chunks: list[MegatronModule], model: ModelConfig, policy: PolicyConfig, optimizer: OptimizerConfig
+    chunks: list[MegatronModule],
+    model: ModelConfig,
+    policy: PolicyConfig,
+    optimizer: OptimizerConfig,
+    device: Device,
 ) -> MegatronOptimizer:
     """Megatron's optimizer over the wrapped model chunks.
 
     With bfloat16 parameters it steps float32 copies of them. Its own rule for which parameters don't decay is replaced
     by `optimizer.weight_decay_exempt`.
+
+    Raises:
+        ConfigError: state is to be kept in host memory, and there is no other.
     """
+    if policy.optimizer_cpu_offload and not device.is_cuda:
+        raise ConfigError("policy.optimizer_cpu_offload: needs CUDA; set it to 0")
     settings = MegatronOptimizerConfig(
         optimizer="adam",
         lr=optimizer.learning_rate,
@@ -41,6 +51,10 @@ def build_optimizer(
         params_dtype=DTYPES[model.dtype],
         bf16=model.dtype == "bfloat16",
         use_distributed_optimizer=policy.distributed_optimizer,
+        overlap_param_gather=policy.overlap_parameter_gathering,
+        optimizer_cpu_offload=policy.optimizer_cpu_offload > 0,
+        optimizer_offload_fraction=policy.optimizer_cpu_offload,
+        use_precision_aware_optimizer=policy.optimizer_cpu_offload > 0,
     )
     exempt = ParamKey(
         with_name_predicate=ParamWithNamePredicate(

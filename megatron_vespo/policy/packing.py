@@ -1,82 +1,178 @@
-"""Which sequence goes to which rank and micro-batch. Pure: nothing here knows of processes or devices."""
+"""From the sequences of one step to the packed micro-batches of every data-parallel rank.
 
-import heapq
+Pure: nothing here knows of processes or devices. A step is given whole, so its groups stay together; nothing is dropped,
+and results are put back in order by keys. The loss divides by a count over the whole step, so how it is split here
+changes no gradient.
+"""
+
+import math
+from dataclasses import dataclass
 
 import numpy as np
 
+from megatron_vespo.policy.balance import plan_micro_batches
 from megatron_vespo.policy.batch import MicroBatch, TrainingSequence, pack
 
 FILLER_KEY = -1
 
 
-def pack_step(sequences: list[TrainingSequence], ranks: int, token_budget: int) -> list[list[MicroBatch]]:
-    """The micro-batches of one step, [rank][micro-batch]; as many on each rank. See `plan_micro_batches`."""
-    plan = plan_micro_batches([len(s.token_ids) - 1 for s in sequences], ranks, token_budget)
-    filler = filler_of(sequences[0])
-    return [[pack([sequences[i] for i in indices] or [filler]) for indices in per_rank] for per_rank in plan]
+@dataclass(frozen=True)
+class PackingRules:
+    """What a layout asks of the micro-batches of a step.
+
+    Attributes:
+        ranks: data-parallel ranks.
+        token_budget: positions of one micro-batch, padding included, over all its context-parallel ranks. A sequence
+            that is longer has a micro-batch of its own.
+        segment_multiple: each packed sequence is padded at its end to a multiple of so many positions (twice the ranks,
+            with context parallelism).
+        total_multiple: the positions of a micro-batch are a multiple of this (what context and sequence parallelism
+            divide by).
+        count_multiple: the micro-batches of a rank are a multiple of this (pipeline stages, with a virtual pipeline).
+        minimum_count: micro-batches of a rank, at least.
+        equal_totals: all micro-batches of the step get the same number of positions (the allgather dispatcher).
+        attention_cost: a sequence of n positions costs n + attention_cost * n^2.
+    """
+
+    ranks: int
+    token_budget: int
+    segment_multiple: int = 1
+    total_multiple: int = 1
+    count_multiple: int = 1
+    minimum_count: int = 1
+    equal_totals: bool = False
+    attention_cost: float = 0.0
+
+    def __post_init__(self):
+        for name in ("ranks", "segment_multiple", "total_multiple", "count_multiple", "minimum_count"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, found {getattr(self, name)}")
+        if self.token_budget < self.positions_multiple:
+            raise ValueError(
+                f"token_budget must be at least {self.positions_multiple}, of which a micro-batch's positions are a "
+                f"multiple, found {self.token_budget}"
+            )
+        if self.attention_cost < 0:
+            raise ValueError(f"attention_cost must not be negative, found {self.attention_cost}")
+
+    @property
+    def positions_multiple(self) -> int:
+        """Of a micro-batch's positions: `total_multiple` and `segment_multiple` in one."""
+        return math.lcm(self.segment_multiple, self.total_multiple)
+
+    def padded(self, positions: int) -> int:
+        """Positions of a packed sequence with its padding."""
+        return _round_up(positions, self.segment_multiple)
+
+    def cost(self, positions: int) -> float:
+        return positions + self.attention_cost * positions**2
 
 
-def filler_of(sequence: TrainingSequence) -> TrainingSequence:
-    """One position that does not count, of tokens that the vocabulary has."""
+def pack_step(sequences: list[TrainingSequence], rules: PackingRules) -> list[list[MicroBatch]]:
+    """The micro-batches of one step, [rank][micro-batch]; as many on each rank. See `plan_micro_batches`.
+
+    What a micro-batch lacks for `total_multiple` or `equal_totals` is one filler behind its sequences, which costs less
+    attention than a longer sequence would. A micro-batch is a filler alone only where sequences are too few.
+
+    Raises:
+        ValueError: no sequences.
+    """
+    lengths = [rules.padded(sequence.positions) for sequence in sequences]
+    plan = plan_micro_batches(
+        lengths,
+        [rules.cost(length) for length in lengths],
+        ranks=rules.ranks,
+        token_budget=rules.token_budget // rules.positions_multiple * rules.positions_multiple,
+        count_multiple=rules.count_multiple,
+        minimum_count=rules.minimum_count,
+    )
+    used = [[sum(lengths[i] for i in indices) for indices in per_rank] for per_rank in plan]
+    totals = [[_round_up(max(positions, 1), rules.positions_multiple) for positions in per_rank] for per_rank in used]
+    if rules.equal_totals:
+        totals = [[max(map(max, totals))] * len(per_rank) for per_rank in totals]
+    return [
+        [
+            _with_filler([sequences[i] for i in indices], sequences[0], total - positions, rules)
+            for indices, total, positions in zip(*of_rank, strict=True)
+        ]
+        for of_rank in zip(plan, totals, used, strict=True)
+    ]
+
+
+def filler_of(sequence: TrainingSequence, positions: int = 1) -> TrainingSequence:
+    """Positions that do not count, of tokens that the vocabulary has.
+
+    They repeat the tokens of `sequence`: one token alone would go to the same few experts everywhere.
+    """
     return TrainingSequence(
-        token_ids=sequence.token_ids[:2],
-        label_mask=np.zeros(1, dtype=np.bool_),
-        old_log_probs=np.zeros(1, dtype=np.float32),
+        token_ids=np.resize(sequence.token_ids, positions + 1),
+        label_mask=np.zeros(positions, dtype=np.bool_),
+        old_log_probs=np.zeros(positions, dtype=np.float32),
         advantage=0.0,
         key=FILLER_KEY,
     )
 
 
-def plan_micro_batches(lengths: list[int], ranks: int, token_budget: int) -> list[list[list[int]]]:
-    """Distribute sequences over ranks, then pack each rank's into micro-batches of at most `token_budget` tokens.
+@dataclass(frozen=True)
+class PackingReport:
+    """How well a step is packed. Costs are those of `PackingRules.cost`, with padding and fillers.
 
-    Every rank gets the same number of micro-batches, since expert parallelism and Megatron's schedule make the ranks
-    walk in step. Longest first: to the rank with the fewest tokens so far, then into the micro-batch with the fewest
-    tokens that it fits in. A sequence longer than the budget has a micro-batch of its own. Equal input gives equal
-    output.
-
-    Args:
-        lengths: positions of each sequence, all > 0.
-
-    Returns:
-        [rank][micro-batch] -> indices into `lengths`, ascending; each index occurs once. A micro-batch is empty
-        (a filler) only where a rank has fewer sequences than the others have micro-batches.
+    Attributes:
+        micro_batches: of each rank.
+        positions: that the step computes, over all ranks.
+        real_positions: of the sequences alone.
+        padding_positions: behind sequences, up to `segment_multiple`.
+        filler_positions: of fillers. Real, padding and filler positions add up to `positions`.
+        fill: real positions over what the micro-batches' budgets hold; above 1 only if sequences exceed the budget.
+        rank_balance: mean over maximum of the ranks' costs; what the ranks work if they wait at the step's end alone.
+        step_balance: the same if they wait for each other after every micro-batch: the mean over the sum of each
+            micro-batch's maximum. At most `rank_balance`.
     """
-    if not lengths or min(lengths) < 1:
-        raise ValueError("sequences of at least one position are needed")
-    if ranks < 1 or token_budget < 1:
-        raise ValueError(f"ranks and token_budget must be at least 1, found {ranks} and {token_budget}")
-    per_rank = _to_ranks(lengths, ranks)
-    count = max(1, *(-(-sum(lengths[i] for i in share) // token_budget) for share in per_rank))
-    while True:
-        bins = [_into_bins(lengths, share, count, token_budget) for share in per_rank]
-        if all(packed is not None for packed in bins):
-            return [[sorted(micro_batch) for micro_batch in packed] for packed in bins if packed is not None]
-        count += 1
+
+    micro_batches: int
+    positions: int
+    real_positions: int
+    padding_positions: int
+    filler_positions: int
+    fill: float
+    rank_balance: float
+    step_balance: float
 
 
-def _longest_first(lengths: list[int], indices: list[int]) -> list[int]:
-    return sorted(indices, key=lambda i: (-lengths[i], i))
+def report_packing(step: list[list[MicroBatch]], rules: PackingRules) -> PackingReport:
+    """What `pack_step` made of a step, in numbers."""
+    micro_batches = [micro_batch for per_rank in step for micro_batch in per_rank]
+    sequences = [
+        (key, length)
+        for micro_batch in micro_batches
+        for key, length in zip(micro_batch.keys, micro_batch.lengths, strict=True)
+    ]
+    real = sum(length for key, length in sequences if key != FILLER_KEY)
+    filler = sum(length for key, length in sequences if key == FILLER_KEY)
+    positions = sum(len(micro_batch.input_ids) for micro_batch in micro_batches)
+    cost = np.array([[_cost(micro_batch, rules) for micro_batch in per_rank] for per_rank in step])
+    mean = cost.sum() / len(step)
+    return PackingReport(
+        micro_batches=len(step[0]),
+        positions=positions,
+        real_positions=real,
+        padding_positions=positions - real - filler,
+        filler_positions=filler,
+        fill=real / (len(micro_batches) * rules.token_budget),
+        rank_balance=float(mean / cost.sum(1).max()),
+        step_balance=float(mean / cost.max(0).sum()),
+    )
 
 
-def _to_ranks(lengths: list[int], ranks: int) -> list[list[int]]:
-    loads = [(0, 0, rank) for rank in range(ranks)]
-    shares: list[list[int]] = [[] for _ in range(ranks)]
-    for index in _longest_first(lengths, list(range(len(lengths)))):
-        tokens, sequences, rank = heapq.heappop(loads)
-        shares[rank].append(index)
-        heapq.heappush(loads, (tokens + lengths[index], sequences + 1, rank))
-    return shares
+def _with_filler(
+    sequences: list[TrainingSequence], pattern: TrainingSequence, lacking: int, rules: PackingRules
+) -> MicroBatch:
+    return pack([*sequences, filler_of(pattern, lacking)] if lacking else sequences, rules.segment_multiple)
 
 
-def _into_bins(lengths: list[int], share: list[int], count: int, token_budget: int) -> list[list[int]] | None:
-    """None if they don't fit into `count` micro-batches."""
-    loads = [(0, number) for number in range(count)]
-    bins: list[list[int]] = [[] for _ in range(count)]
-    for index in _longest_first(lengths, share):
-        tokens, number = heapq.heappop(loads)
-        if tokens and tokens + lengths[index] > token_budget:
-            return None
-        bins[number].append(index)
-        heapq.heappush(loads, (tokens + lengths[index], number))
-    return bins
+def _cost(micro_batch: MicroBatch, rules: PackingRules) -> float:
+    return sum(rules.cost(length) for length in micro_batch.cu_seqlens.diff().tolist())
+
+
+def _round_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple

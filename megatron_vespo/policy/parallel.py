@@ -47,8 +47,14 @@ def join(
         world_size=world_size,
         timeout=timeout,
     )
+    layout = policy.layout
     parallel_state.initialize_model_parallel(
-        expert_model_parallel_size=policy.layout.ep,
+        tensor_model_parallel_size=layout.tp,
+        pipeline_model_parallel_size=layout.pp,
+        virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
+        context_parallel_size=layout.cp,
+        expert_model_parallel_size=layout.ep,
+        expert_tensor_parallel_size=layout.etp,
         distributed_timeout_minutes=math.ceil(timeout / timedelta(minutes=1)),
         create_gloo_process_groups=False,
     )
@@ -56,6 +62,23 @@ def join(
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
     model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+
+
+def data_parallel_rank() -> int:
+    """Which share of a step this rank computes; the ranks of one copy of the model have the same."""
+    return parallel_state.get_data_parallel_rank()
+
+
+def context_parallel_group() -> dist.ProcessGroup | None:
+    """Ranks among which the positions of each sequence are dealt out; None without context parallelism."""
+    group: dist.ProcessGroup = parallel_state.get_context_parallel_group()  # type: ignore[assignment]
+    return group if group.size() > 1 else None
+
+
+def holds_scores() -> bool:
+    """Whether this rank is the one among tensor-parallel ranks and pipeline stages that tells log-probs and losses."""
+    last_stage = parallel_state.is_pipeline_last_stage(ignore_virtual=True)
+    return last_stage and parallel_state.get_tensor_model_parallel_rank() == 0
 
 
 def leave() -> None:

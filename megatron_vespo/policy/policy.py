@@ -1,38 +1,35 @@
 """The policy of one rank: its share of the model, Megatron's schedule over micro-batches, the optimizer."""
 
-import dataclasses
+import contextlib
 import socket
 import time
-from collections.abc import Callable, Iterator
-from functools import partial
-from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
-from megatron.core.packed_seq_params import PackedSeqParams
-from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.moe.moe_layer import BaseMoELayer
 from torch import Tensor
 
 from megatron_vespo.checkpoint.hf_config import Architecture
 from megatron_vespo.config import ModelConfig, OptimizerConfig, PolicyConfig
 from megatron_vespo.objective.metrics import LossMetrics
 from megatron_vespo.policy import parallel
-from megatron_vespo.policy.batch import MicroBatch
+from megatron_vespo.policy.batch import MicroBatch, context_gather
 from megatron_vespo.policy.device import prepare_device
+from megatron_vespo.policy.frozen import FrozenWeights
 from megatron_vespo.policy.initialise import initialise
-from megatron_vespo.policy.model import build_model
+from megatron_vespo.policy.model import PolicyModel, build_model
 from megatron_vespo.policy.optimizer import build_optimizer, build_scheduler
-from megatron_vespo.policy.result import StepResult, reduce_metrics
-
-LossFunction = Callable[[Tensor, MicroBatch], tuple[Tensor, Tensor, LossMetrics]]
-"""(log_probs [t] float32 with a gradient, micro-batch on the same device) -> (numerator, denominator, metrics).
-
-The numerator is a scalar sum that depends on `log_probs` even if nothing in the micro-batch counts; the denominator an
-integer scalar. The step's loss is the sum of all numerators over the sum of all denominators, over ranks and
-micro-batches."""
+from megatron_vespo.policy.packing import FILLER_KEY
+from megatron_vespo.policy.result import StepResult, TokenScores, reduce_metrics
+from megatron_vespo.policy.schedule import (
+    LossFunction,
+    LossOutput,
+    forward_and_backward,
+    forward_only,
+    require_equal_counts,
+)
 
 
 class MegatronPolicy:
@@ -42,6 +39,8 @@ class MegatronPolicy:
         model: chunks of the model on this rank, wrapped for data parallelism (one without virtual pipeline).
         optimizer, scheduler: Megatron's.
         device: what this rank computes on.
+        data_parallel_rank: which share of a step is this rank's.
+        context_parallel_group: ranks among which the positions of each sequence are dealt out, or None.
     """
 
     def __init__(
@@ -57,63 +56,71 @@ class MegatronPolicy:
         master: tuple[str, int] | socket.socket,
         temperature: float,
     ):
-        """Meets the other ranks at `master` (see `parallel.join`) and builds the model. Under `model.initialization: pretrained` the weights are unset:
-        write them into `self.model`, then call `weights_were_loaded`.
+        """Meets the other ranks at `master` (see `parallel.join`) and builds the model.
+
+        Under `model.initialization: pretrained` the weights are unset: write them into `self.model`, then call
+        `weights_were_loaded`.
 
         Raises:
-            ConfigError: the layout does not fit the model.
+            ConfigError: the layout does not fit the model, or needs what this machine lacks.
         """
         self.device = prepare_device(model.dtype)
-        parallel.join(
-            self.device,
-            policy,
-            rank=rank,
-            world_size=world_size,
-            master=master,
-            seed=seed,
-        )
-        built = build_model(architecture, model, policy, self.device, temperature)
+        parallel.join(self.device, policy, rank=rank, world_size=world_size, master=master, seed=seed)
+        self.data_parallel_rank = parallel.data_parallel_rank()
+        self.context_parallel_group = parallel.context_parallel_group()
+        self._settings = policy
+        self._frozen: FrozenWeights | None = None
+        self._bare = build_model(architecture, model, policy, self.device, temperature)
         if model.initialization == "random":
-            initialise(built, seed)
-        self.config = built.config
-        wrapped = Float16Module(self.config, built) if self.config.bf16 else built
-        gradients = DistributedDataParallelConfig(
-            use_distributed_optimizer=policy.distributed_optimizer,
-            grad_reduce_in_fp32=True,
-            check_for_nan_in_grad=True,
-        )
-        self.model: list[DistributedDataParallel] = [DistributedDataParallel(self.config, gradients, wrapped)]
-        self.config.finalize_model_grads_func = finalize_model_grads
-        self.optimizer = build_optimizer(list(self.model), model, policy, optimizer)
+            initialise(self._bare, architecture, seed)
+        self.model = _wrap(self._bare, policy)
+        self.optimizer = build_optimizer(list(self.model), model, policy, optimizer, self.device)
         self.scheduler = build_scheduler(self.optimizer, optimizer, total_steps)
 
     def weights_were_loaded(self) -> None:
         """Call after writing parameters from outside: the optimizer's float32 copies follow them."""
         self.optimizer.reload_model_params()
 
+    def freeze_reference(self, offload: bool) -> None:
+        """Keep the weights as they are now for `score(..., reference=True)`; `offload`: in host memory."""
+        self.settle_parameters()
+        self._frozen = FrozenWeights(self.model, offload)
+
+    def settle_parameters(self) -> None:
+        """Finish gathering updated parameters over data-parallel ranks: call before they are read from outside.
+
+        Every rank must call it. Only with `overlap_parameter_gathering` is there anything to finish.
+        """
+        if self._settings.overlap_parameter_gathering:
+            for chunk in self.model:
+                chunk.start_param_sync(force_sync=True)
+
     def train_step(self, micro_batches: list[MicroBatch], loss: LossFunction) -> StepResult:
         """Forward, backward and one optimizer step. Every rank needs the same number of micro-batches, at least one.
+
+        The ranks of one copy of the model (tensor, pipeline, context parallel) get the same micro-batches.
 
         Raises:
             ValueError: the ranks' numbers of micro-batches differ, or a loss without gradient.
             RuntimeError: a gradient is not finite (from Megatron); the weights are unchanged.
         """
-        self._check_counts(len(micro_batches))
+        require_equal_counts(len(micro_batches), self.device.torch_device)
         learning_rate = self.optimizer.param_groups[0]["lr"]
         started = time.perf_counter()
         for chunk in self.model:
             chunk.train()
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        outputs = self._schedule(micro_batches, partial(_loss_and_count, loss), forward_only=False)
+        outputs = forward_and_backward(self.model, micro_batches, loss, self.device.torch_device)
         forward_backward_done = time.perf_counter()
         succeeded, gradient_norm, _ = self.optimizer.step()  # type: ignore[misc]
         if not succeeded:
             raise RuntimeError("Megatron's optimizer refused this step: gradients are not finite")
         self.scheduler.step(1)
         optimizer_done = time.perf_counter()
-        numerator, denominator = self._global_sums(outputs)
-        sums, sequences, keys = reduce_metrics([(output.keys, output.metrics) for output in outputs])
+        told = outputs if parallel.holds_scores() else []
+        numerator, denominator = self._global_sums(told)
+        sums, sequences, keys = reduce_metrics([self._own_part(output) for output in told])
         return StepResult(
             loss=numerator / max(denominator, 1),
             denominator=int(denominator),
@@ -126,87 +133,120 @@ class MegatronPolicy:
             keys=keys,
         )
 
-    @torch.no_grad()
-    def log_probs(self, micro_batches: list[MicroBatch]) -> list[Tensor]:
-        """Log-probs of each micro-batch's labels, [t] float32 each, on the CPU. As many micro-batches on every rank."""
-        self._check_counts(len(micro_batches))
-        for chunk in self.model:
-            chunk.eval()
-        return self._schedule(micro_batches, _only_log_probs, forward_only=True)
+    def score(
+        self, micro_batches: list[MicroBatch], *, with_entropy: bool = False, reference: bool = False
+    ) -> dict[int, TokenScores]:
+        """Scores of every sequence's labels by key, [n - 1] on the CPU; of one share on one of its ranks, else empty.
+
+        `reference`: of the weights that `freeze_reference` kept. As many micro-batches on every rank.
+
+        Raises:
+            ValueError: the ranks' numbers of micro-batches differ.
+            RuntimeError: there is no reference.
+        """
+        require_equal_counts(len(micro_batches), self.device.torch_device)
+        with self._weights(reference), self._entropy(with_entropy):
+            for chunk in self.model:
+                chunk.eval()
+            parts = forward_only(self.model, micro_batches, self.device.torch_device)
+        scores: dict[int, TokenScores] = {}
+        for micro_batch, part in zip(micro_batches, parts, strict=False):
+            log_probs = self._all_positions(part.log_probs, micro_batch)
+            entropy = None if part.entropy is None else self._all_positions(part.entropy, micro_batch)
+            scores |= _by_key(micro_batch, log_probs, entropy)
+        first = self.context_parallel_group is None or self.context_parallel_group.rank() == 0
+        return scores if parallel.holds_scores() and first else {}
 
     def close(self) -> None:
         """Leave the other ranks. The object is of no use afterwards."""
+        _release(self.model)
         parallel.leave()
 
-    def _schedule(self, micro_batches: list[MicroBatch], finish: Callable, forward_only: bool) -> list:
-        run = get_forward_backward_func()
-        return run(
-            forward_step_func=partial(_forward_step, self.device.torch_device, finish),
-            data_iterator=iter(micro_batches),
-            model=list(self.model),
-            num_microbatches=len(micro_batches),
-            seq_length=max(len(micro_batch.input_ids) for micro_batch in micro_batches),
-            micro_batch_size=1,
-            forward_only=forward_only,
-        )
+    def _weights(self, reference: bool) -> contextlib.AbstractContextManager[None]:
+        if not reference:
+            return contextlib.nullcontext()
+        if self._frozen is None:
+            raise RuntimeError("there are no reference weights: call freeze_reference first")
+        self.settle_parameters()
+        return self._frozen.in_place_of(self.model)
 
-    def _check_counts(self, count: int) -> None:
-        """With unequal counts the ranks would wait for each other for ever."""
-        bounds = torch.tensor([count, -count], device=self.device.torch_device)
-        dist.all_reduce(bounds, op=dist.ReduceOp.MAX)
-        most, fewest = bounds[0].item(), -bounds[1].item()
-        if most != fewest or fewest < 1:
-            raise ValueError(f"each rank needs as many micro-batches and at least 1, found from {fewest} to {most}")
+    @contextlib.contextmanager
+    def _entropy(self, wanted: bool):
+        for chunk in self._bare:
+            chunk.with_entropy = wanted
+        try:
+            yield
+        finally:
+            for chunk in self._bare:
+                chunk.with_entropy = False
 
-    def _global_sums(self, outputs: list["_Output"]) -> tuple[float, float]:
-        totals = torch.stack([torch.stack([o.numerator.double(), o.denominator.double()]) for o in outputs]).sum(0)
-        dist.all_reduce(totals, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
+    def _all_positions(self, part: Tensor, micro_batch: MicroBatch) -> Tensor:
+        """This rank's [t / cp] -> [t] of the micro-batch, on the CPU."""
+        if self.context_parallel_group is None:
+            return part.cpu()
+        parts = [torch.empty_like(part) for _ in range(self.context_parallel_group.size())]
+        dist.all_gather(parts, part.contiguous(), group=self.context_parallel_group)
+        return context_gather([p.cpu() for p in parts], micro_batch.cu_seqlens)
+
+    def _own_part(self, output: LossOutput) -> tuple[tuple[int, ...], LossMetrics]:
+        """Context-parallel ranks have sums of different positions, but the same sequences."""
+        if self.context_parallel_group is None or self.context_parallel_group.rank() == 0:
+            return output.keys, output.metrics
+        return (), LossMetrics(sums=output.metrics.sums)
+
+    def _global_sums(self, outputs: list[LossOutput]) -> tuple[float, float]:
+        totals = torch.zeros(2, dtype=torch.float64, device=self.device.torch_device)
+        for output in outputs:
+            totals += torch.stack([output.numerator.double(), output.denominator.double()])
+        dist.all_reduce(totals)
         numerator, denominator = totals.tolist()
         return numerator, denominator
 
 
-@dataclasses.dataclass(frozen=True)
-class _Output:
-    keys: tuple[int, ...]
-    numerator: Tensor
-    denominator: Tensor
-    metrics: LossMetrics
-
-
-def _forward_step(
-    device: torch.device, finish: Callable, micro_batches: Iterator[MicroBatch], model: torch.nn.Module
-) -> tuple[Tensor, Callable]:
-    """Megatron's forward_step_func: the model's output, and what makes a loss of it."""
-    micro_batch = _to(device, next(micro_batches))
-    packing = PackedSeqParams(
-        qkv_format="thd",
-        cu_seqlens_q=micro_batch.cu_seqlens,
-        cu_seqlens_kv=micro_batch.cu_seqlens,
-        max_seqlen_q=micro_batch.max_seqlen,
-        max_seqlen_kv=micro_batch.max_seqlen,
+def _wrap(bare: list[PolicyModel], policy: PolicyConfig) -> list[DistributedDataParallel]:
+    """Data parallelism around each chunk, and the model's config told how its gradients are finished."""
+    config = bare[0].config
+    gradients = DistributedDataParallelConfig(
+        use_distributed_optimizer=policy.distributed_optimizer,
+        grad_reduce_in_fp32=True,
+        check_for_nan_in_grad=True,
+        overlap_grad_reduce=policy.overlap_gradient_reduction,
+        overlap_param_gather=policy.overlap_parameter_gathering,
     )
-    log_probs = model(
-        micro_batch.input_ids[None],
-        micro_batch.position_ids[None],
-        None,
-        labels=micro_batch.labels[None],
-        packed_seq_params=packing,
-    )
-    return log_probs, partial(finish, micro_batch)
+    wrapped = [
+        # Communication of later chunks hides behind the computation of others anyway, as in Megatron's training.
+        DistributedDataParallel(
+            config, gradients, Float16Module(config, chunk) if config.bf16 else chunk, disable_bucketing=number > 0
+        )
+        for number, chunk in enumerate(bare)
+    ]
+    config.finalize_model_grads_func = finalize_model_grads
+    if policy.overlap_gradient_reduction:
+        no_sync = [chunk.no_sync for chunk in wrapped]
+        config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]  # type: ignore[assignment]
+    return wrapped
 
 
-def _loss_and_count(loss: LossFunction, micro_batch: MicroBatch, log_probs: Tensor) -> tuple[Tensor, Tensor, _Output]:
-    """Sum and count: Megatron adds the counts over micro-batches and ranks and divides the gradients once."""
-    numerator, denominator, metrics = loss(log_probs, micro_batch)
-    if not numerator.requires_grad:
-        raise ValueError("the loss does not depend on the log-probs: its backward pass would leave other ranks waiting")
-    return numerator, denominator, _Output(micro_batch.keys, numerator.detach(), denominator.detach(), metrics)
+def _release(chunks: list[DistributedDataParallel]) -> None:
+    """Let the model go with its process groups, and their threads and sockets.
+
+    Token dispatchers keep tensors of the last backward graph, the graph keeps Megatron's hooks on every parameter, and
+    these keep the model, through autograd, where Python's garbage collector does not see the circle.
+    """
+    for chunk in chunks:
+        chunk.grad_accs.clear()
+        for dispatcher in (m.token_dispatcher for m in chunk.modules() if isinstance(m, BaseMoELayer)):
+            for name in [name for name, value in vars(dispatcher).items() if isinstance(value, Tensor)]:
+                setattr(dispatcher, name, None)
 
 
-def _only_log_probs(micro_batch: MicroBatch, log_probs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return log_probs.sum(), torch.zeros((), dtype=torch.int, device=log_probs.device), log_probs.cpu()
-
-
-def _to(device: torch.device, micro_batch: MicroBatch) -> MicroBatch:
-    tensors: dict[str, Any] = {name: v.to(device) for name, v in vars(micro_batch).items() if isinstance(v, Tensor)}
-    return dataclasses.replace(micro_batch, **tensors)
+def _by_key(micro_batch: MicroBatch, log_probs: Tensor, entropy: Tensor | None) -> dict[int, TokenScores]:
+    """Cut [t] at the sequences' bounds, padding and fillers left out."""
+    starts = micro_batch.cu_seqlens.tolist()
+    return {
+        key: TokenScores(
+            log_probs[start : start + length], None if entropy is None else entropy[start : start + length]
+        )
+        for key, start, length in zip(micro_batch.keys, starts, micro_batch.lengths, strict=False)
+        if key != FILLER_KEY
+    }

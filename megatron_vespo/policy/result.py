@@ -6,7 +6,20 @@ from dataclasses import dataclass, field
 import torch
 
 from megatron_vespo.objective.metrics import LossMetrics
-from megatron_vespo.policy.packing import FILLER_KEY
+from megatron_vespo.policy.packing import FILLER_KEY, PackingReport
+
+
+@dataclass(frozen=True)
+class TokenScores:
+    """What the policy says of labels, at the sampling temperature.
+
+    Attributes:
+        log_probs: [t] float32.
+        entropy: [t] float32 of the distribution that the label is drawn from, or None if it was not asked for.
+    """
+
+    log_probs: torch.Tensor
+    entropy: torch.Tensor | None = None
 
 
 @dataclass
@@ -18,10 +31,12 @@ class StepResult:
         denominator: that count.
         gradient_norm: global, before clipping.
         learning_rate: that this step used.
-        sums: `LossMetrics.sums`, added over this rank's micro-batches.
+        sums: `LossMetrics.sums`, added over this rank's micro-batches; empty on ranks that only help another one
+            (tensor-parallel ranks above 0, pipeline stages before the last).
         sequences: `LossMetrics.sequences`, [s] float32 each, in the order of `keys`.
-        keys: of this rank's sequences, ascending, without fillers.
+        keys: of this rank's sequences, ascending, without fillers; empty also on context-parallel ranks above 0.
         forward_backward_seconds, optimizer_seconds: wall clock; merged: of the slowest rank.
+        packing: how well the step's micro-batches were filled and balanced; only whoever packed them knows.
     """
 
     loss: float
@@ -33,6 +48,7 @@ class StepResult:
     sums: dict[str, float] = field(default_factory=dict)
     sequences: dict[str, torch.Tensor] = field(default_factory=dict)
     keys: tuple[int, ...] = ()
+    packing: PackingReport | None = None
 
 
 def reduce_metrics(
@@ -54,7 +70,7 @@ def reduce_metrics(
 
 
 def merge(results: list[StepResult]) -> StepResult:
-    """One result from those of all data-parallel ranks, in the order of the ranks."""
+    """One result from those of all ranks, in their order."""
     sums, sequences, keys = reduce_metrics(
         [
             (

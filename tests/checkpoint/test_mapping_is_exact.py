@@ -1,35 +1,37 @@
 """The table names exactly the tensors of a hub folder, and putting together and taking apart are exact inverses."""
 
+import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_models import write_tiny_model
+from tiny_models import KINDS, write_tiny_model
 
 from megatron_vespo.checkpoint.check import check_folder
 from megatron_vespo.checkpoint.forms import merge, split
 from megatron_vespo.checkpoint.mapping import Form
 from megatron_vespo.checkpoint.tables import table_of
 
-
-def test_table_names_exactly_what_transformers_saves(tmp_path):
-    for tied in (False, True):
-        folder = tmp_path / str(tied)
-        write_tiny_model(folder, tied=tied)
-        architecture = check_folder(folder)
-        saved = {name: tuple(tensor.shape) for name, tensor in load_file(folder / "model.safetensors").items()}
-        assert table_of(architecture).hf_shapes(architecture) == saved
+by_kind = pytest.mark.parametrize("kind", KINDS)
 
 
-def test_taking_apart_inverts_putting_together_bitwise(tmp_path):
-    write_tiny_model(tmp_path, dtype=torch.bfloat16)
+@by_kind
+@pytest.mark.parametrize("tied", [False, True])
+def test_table_names_exactly_what_transformers_saves(tmp_path, kind, tied):
+    write_tiny_model(tmp_path, kind=kind, tied=tied)
+    architecture = check_folder(tmp_path)
+    saved = {name: tuple(tensor.shape) for name, tensor in load_file(tmp_path / "model.safetensors").items()}
+    assert table_of(architecture).hf_shapes(architecture) == saved
+
+
+@by_kind
+def test_taking_apart_inverts_putting_together_bitwise(tmp_path, kind):
+    write_tiny_model(tmp_path, kind=kind, dtype=torch.bfloat16)
     architecture = check_folder(tmp_path)
     source = load_file(tmp_path / "model.safetensors")
-    table = table_of(architecture)
     back = {}
-    for entry, layer, expert in table.places(architecture):
-        names = entry.hf_names(layer, expert)
-        merged = merge(entry, [source[name] for name in names], architecture)
-        assert tuple(merged.shape) == entry.megatron_shape
-        back |= dict(zip(names, split(entry, merged, architecture), strict=True))
+    for place in table_of(architecture).places(architecture):
+        merged = merge(place.entry, [source[name] for name in place.hf_names], architecture)
+        assert tuple(merged.shape) == place.entry.megatron_shape
+        back |= dict(zip(place.hf_names, split(place.entry, merged, architecture), strict=True))
     assert back.keys() == source.keys()
     assert all(torch.equal(back[name], source[name]) and back[name].is_contiguous() for name in source)
 
@@ -56,7 +58,7 @@ def test_stacked_experts_equal_transformers_own_stack(tmp_path):
     model = write_tiny_model(tmp_path)
     architecture = check_folder(tmp_path)
     source = load_file(tmp_path / "model.safetensors")
-    (entry,) = (entry for entry in table_of(architecture).entries if entry.form is Form.STACKED)
+    (entry,) = (entry for entry in table_of(architecture).entries if entry.form is Form.STACKED and entry.in_expert)
     for layer in range(3):
         stacked = model.model.layers[layer].mlp.experts.gate_up_proj
         for expert in range(4):
@@ -81,5 +83,11 @@ def test_both_spellings_of_megatron_names_are_matched(tmp_path):
     norm = (["model.layers.2.input_layernorm.weight"], 2, None)
     assert place("decoder.layers.2.input_layernorm.weight") == norm
     assert place("decoder.layers.2.self_attention.linear_qkv.layer_norm_weight") == norm
+    dense = ["model.layers.0.mlp.gate_proj.weight", "model.layers.0.mlp.up_proj.weight"]
+    assert place("decoder.layers.0.mlp.linear_fc1.weight") == (dense, 0, None)
+    assert place("decoder.layers.0.mlp.linear_fc2.weight") == (["model.layers.0.mlp.down_proj.weight"], 0, None)
+    norm = (["model.layers.0.post_attention_layernorm.weight"], 0, None)
+    assert place("decoder.layers.0.pre_mlp_layernorm.weight") == norm
+    assert place("decoder.layers.0.mlp.linear_fc1.layer_norm_weight") == norm
     assert place("decoder.layers.2.mlp.experts.weight1") is None
     assert place("decoder.layers.2.self_attention.linear_qkv.bias") is None

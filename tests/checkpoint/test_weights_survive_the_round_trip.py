@@ -2,43 +2,18 @@
 
 import json
 import shutil
-from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import pytest
 import torch
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
-from megatron.core.packed_seq_params import PackedSeqParams
-from megatron.core.transformer.module import Float16Module
+from round_trip_jobs import TOKENS, Case, load_gather_export
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny_models import VOCABULARY, write_tiny_model
+from tiny_models import write_tiny_model
 from transformers import AutoTokenizer, Qwen3MoeForCausalLM
-from two_ranks import join, poisoned_model, run_on_two_ranks
 
 from megatron_vespo.checkpoint.check import check_folder
-from megatron_vespo.checkpoint.export import export_hf_folder
-from megatron_vespo.checkpoint.gather import gather_hf_tensors
-from megatron_vespo.checkpoint.hf_config import Architecture
-from megatron_vespo.checkpoint.load import load_hf_weights
-from megatron_vespo.checkpoint.local_parameters import local_parameters
 from megatron_vespo.checkpoint.tables import table_of
-from megatron_vespo.config import ConfigError
-from megatron_vespo.policy import parallel
-
-
-@dataclass(frozen=True)
-class Case:
-    stored: str
-    computed: str
-    tied: bool
-    shard_size: str
-    ep: int
-
-    @property
-    def name(self) -> str:
-        return "-".join(str(value) for value in asdict(self).values())
-
 
 CASES = [
     Case("float32", "float32", tied=False, shard_size="1GB", ep=2),
@@ -47,12 +22,11 @@ CASES = [
     Case("bfloat16", "bfloat16", tied=False, shard_size="20KB", ep=2),
     Case("float32", "bfloat16", tied=False, shard_size="1GB", ep=1),
 ]
-TOKENS = torch.arange(2, 42) * 7 % VOCABULARY
 by_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 
 
 @pytest.fixture(scope="module")
-def workshop(tmp_path_factory) -> Path:
+def workshop(tmp_path_factory, ranks) -> Path:
     """CASE/source, and what the two ranks made of it: CASE/export, CASE/export-float32, CASE/megatron-RANK."""
     root = tmp_path_factory.mktemp("round_trip")
     for case in CASES:
@@ -66,76 +40,8 @@ def workshop(tmp_path_factory) -> Path:
                 shutil.copy(root / case.name / "source" / "config.json", root / case.name / name)
                 save_file(tensors, root / case.name / name / "model.safetensors")
     for ep in (1, 2):
-        run_on_two_ranks(load_gather_export, ep, str(root))
+        ranks.run(2, load_gather_export, ep, [case for case in CASES if case.ep == ep], str(root))
     return root
-
-
-def load_gather_export(rank: int, port: int, ep: int, root: str) -> None:
-    device = join(rank, port, ep)
-    for case in (case for case in CASES if case.ep == ep):
-        folder = Path(root) / case.name
-        source = folder / "source"
-        architecture = check_folder(source)
-        model = poisoned_model(architecture, device, case.ep, case.computed)
-        chunks = [wrapped(model)]
-        table = table_of(architecture)
-        locals_ = local_parameters(chunks, table, architecture)
-        assert sorted(local.name for local in locals_) == sorted(name for name, _ in model.named_parameters())
-        load_hf_weights(chunks, architecture, source)
-        if architecture.tied_embeddings:
-            load_folders_with_a_stored_output_layer(chunks, architecture, folder)
-        gathered = [(name, tensor.clone()) for name, tensor in gather_hf_tensors(chunks, architecture)]
-        export_hf_folder(chunks, architecture, source, folder / "export")
-        export_hf_folder(
-            chunks, architecture, source, folder / "export-float32", dtype=torch.float32, shard_bytes=30_000
-        )
-        refuse_wrong_uses(chunks, architecture, folder)
-        consumed = sorted({name for local in locals_ for name in local.hf_names})
-        result = {"order": [name for name, _ in gathered], "consumed": consumed}
-        (folder / f"megatron-{rank}.json").write_text(json.dumps(result))
-        save_file(dict(gathered) | {"logits": logits(chunks[0])}, folder / f"megatron-{rank}.safetensors")
-    parallel.leave()
-
-
-def load_folders_with_a_stored_output_layer(chunks, architecture: Architecture, folder: Path) -> None:
-    """Some tied folders on the hub hold lm_head.weight too. Equal it is accepted, different it is a contradiction."""
-    load_hf_weights(chunks, architecture, folder / "same-head")
-    with pytest.raises(ConfigError, match=r"lm_head\.weight differs from model\.embed_tokens\.weight"):
-        load_hf_weights(chunks, architecture, folder / "other-head")
-
-
-def refuse_wrong_uses(chunks, architecture: Architecture, folder: Path) -> None:
-    """Each on both ranks, so that none is left waiting for the other."""
-    with pytest.raises(ConfigError, match="export: exists already"):
-        export_hf_folder(chunks, architecture, folder / "source", folder / "export")
-    for change, message in [
-        ({"num_layers": 4}, r"decoder\.layers\.3\.mlp\.router\.weight: the model has no such parameter"),
-        ({"num_layers": 2}, r"decoder\.layers\.2\.mlp\.router\.weight: no entry of the mapping table"),
-        ({"moe_ffn_hidden_size": 25}, r"linear_fc1\.weight: shape \[48, 32\], the mapping table has \[50, 32\]"),
-    ]:
-        with pytest.raises(RuntimeError, match=message):
-            list(gather_hf_tensors(chunks, replace(architecture, **change)))
-
-
-def wrapped(model):
-    """As a policy wraps it: parameters and gradients live in Megatron's buffers."""
-    inner = Float16Module(model.config, model) if model.config.bf16 else model
-    buffers = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True)
-    return DistributedDataParallel(model.config, buffers, inner)
-
-
-@torch.no_grad()
-def logits(model) -> torch.Tensor:
-    cu_seqlens = torch.tensor([0, len(TOKENS)], dtype=torch.int32)
-    packed = PackedSeqParams(
-        qkv_format="thd",
-        cu_seqlens_q=cu_seqlens,
-        cu_seqlens_kv=cu_seqlens,
-        max_seqlen_q=len(TOKENS),
-        max_seqlen_kv=len(TOKENS),
-    )
-    position_ids = torch.arange(len(TOKENS))[None]
-    return model(TOKENS[None], position_ids, None, packed_seq_params=packed).float().reshape(len(TOKENS), -1)
 
 
 def tensors_of(folder: Path) -> dict[str, torch.Tensor]:

@@ -26,7 +26,10 @@ def architecture(**changes) -> Architecture:
         "tied_embeddings": False,
         "normalise_topk": True,
         "max_position_embeddings": 128,
+        "qk_norm": True,
+        "rope_scaling_factor": None,
     }
+    values["moe_layers"] = (True,) * (values | changes)["num_layers"]
     return Architecture(**(values | changes))
 
 

@@ -15,7 +15,7 @@ from megatron_vespo.config import LayoutConfig, ModelConfig, OptimizerConfig, Po
 from megatron_vespo.objective.metrics import LossMetrics
 from megatron_vespo.policy.batch import MicroBatch
 from megatron_vespo.policy.policy import MegatronPolicy
-from megatron_vespo.policy.result import StepResult
+from megatron_vespo.policy.result import StepResult, TokenScores
 from megatron_vespo.rendezvous import listen
 
 
@@ -35,18 +35,18 @@ class Setup:
     router_aux_loss: float = 0.0
 
 
-def per_token(log_probs: Tensor, micro_batch: MicroBatch) -> tuple[Tensor, Tensor, LossMetrics]:
+def per_token(scores: TokenScores, micro_batch: MicroBatch) -> tuple[Tensor, Tensor, LossMetrics]:
     """Advantage-weighted likelihood: the denominator counts tokens."""
     lengths = micro_batch.cu_seqlens.diff().long()
     weights = micro_batch.advantages.repeat_interleave(lengths)
-    numerator = -torch.where(micro_batch.label_mask, weights * log_probs, 0.0).sum()
+    numerator = -torch.where(micro_batch.label_mask, weights * scores.log_probs, 0.0).sum()
     count = micro_batch.label_mask.sum()
     metrics = LossMetrics(sums={"tokens": count}, sequences={"advantage": micro_batch.advantages})
     return numerator, count, metrics
 
 
-def not_a_number(log_probs: Tensor, micro_batch: MicroBatch) -> tuple[Tensor, Tensor, LossMetrics]:
-    return log_probs.sum() * torch.nan, micro_batch.label_mask.sum(), LossMetrics()
+def not_a_number(scores: TokenScores, micro_batch: MicroBatch) -> tuple[Tensor, Tensor, LossMetrics]:
+    return scores.log_probs.sum() * torch.nan, micro_batch.label_mask.sum(), LossMetrics()
 
 
 @contextlib.contextmanager
@@ -114,7 +114,9 @@ def whole_gradients(policy: MegatronPolicy) -> dict[str, Tensor]:
 
 def forward(rank: int, world_size: int, port: int, setup: Setup, batches: list[list[MicroBatch]]) -> dict:
     with joined(rank, world_size, port, setup) as policy:
-        return {"log_probs": policy.log_probs(batches[rank]), "logits": [logits(policy, mb) for mb in batches[rank]]}
+        scores = policy.score(batches[rank])
+        in_order = [scores[key].log_probs for micro_batch in batches[rank] for key in micro_batch.keys]
+        return {"log_probs": in_order, "logits": [logits(policy, mb) for mb in batches[rank]]}
 
 
 @torch.no_grad()

@@ -47,11 +47,11 @@ def test_log_prob_i_is_of_token_i_plus_1_given_the_tokens_up_to_i(ranks):
     model = policy_reference.reference_model(architecture)
     setup = policy_jobs.Setup(architecture, policy_reference.rank_weights(model, architecture, 1, 1))
     packed = policy_examples.sequences([6, 9, 4], seed=3)
-    answer = ranks.run(1, policy_jobs.forward, setup, [[pack(packed)]])[0]["log_probs"][0].tolist()
-    for sequence in packed:
+    answer = ranks.run(1, policy_jobs.forward, setup, [[pack(packed)]])[0]["log_probs"]
+    for sequence, found in zip(packed, answer, strict=True):
         tokens = torch.as_tensor(sequence.token_ids).long()
         for i in range(len(tokens) - 1):
             with torch.no_grad():
                 next_token = model(tokens[None, : i + 1]).logits[0, -1].log_softmax(-1)
-            assert answer.pop(0) == pytest.approx(next_token[tokens[i + 1]].item(), abs=1e-5)
-    assert not answer
+            assert found[i].item() == pytest.approx(next_token[tokens[i + 1]].item(), abs=1e-5)
+        assert len(found) == len(tokens) - 1

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megatron_vespo.config import OptimizerConfig
-from megatron_vespo.policy.packing import pack_step
+from megatron_vespo.policy.packing import PackingRules, pack_step
 
 ARCHITECTURE = policy_examples.architecture()
 SEQUENCES = policy_examples.sequences([30, 12, 25, 8, 19, 40, 3, 16])
@@ -17,7 +17,7 @@ SEQUENCES = policy_examples.sequences([30, 12, 25, 8, 19, 40, 3, 16])
 
 def test_same_inputs_give_bitwise_the_same_weights(ranks):
     setup = policy_jobs.Setup(ARCHITECTURE, ep=2)
-    steps = [pack_step(SEQUENCES, 2, token_budget=40)] * 3
+    steps = [pack_step(SEQUENCES, PackingRules(ranks=2, token_budget=40))] * 3
     first, second = (ranks.run(2, policy_jobs.train, setup, steps) for _ in range(2))
     for one, other in zip(first, second, strict=True):
         assert [result.loss for result in one.results] == [result.loss for result in other.results]
@@ -51,7 +51,7 @@ def test_bfloat16_steps_float32_copies_of_the_loaded_weights(ranks, distributed_
         distributed_optimizer=distributed_optimizer,
         optimizer=OptimizerConfig(learning_rate=1e-4),
     )
-    steps = [pack_step(SEQUENCES, 2, token_budget=80)] * 4
+    steps = [pack_step(SEQUENCES, PackingRules(ranks=2, token_budget=80))] * 4
     trained = ranks.run(2, policy_jobs.train, setup, steps)
     exact = ranks.run(2, policy_jobs.train, policy_jobs.Setup(ARCHITECTURE, setup.weights, ep=2), steps[:1])
     assert trained[0].results[0].loss == pytest.approx(exact[0].results[0].loss, abs=0.05)
@@ -65,20 +65,20 @@ def test_bfloat16_steps_float32_copies_of_the_loaded_weights(ranks, distributed_
 
 
 def test_a_gradient_that_is_not_finite_is_refused(ranks):
-    batches = pack_step(SEQUENCES, 1, token_budget=200)
+    batches = pack_step(SEQUENCES, PackingRules(ranks=1, token_budget=200))
     ((message, unchanged),) = ranks.run(1, policy_jobs.fail_on_nan, policy_jobs.Setup(ARCHITECTURE), batches)
     assert "NaN" in message
     assert unchanged
 
 
 def test_unequal_numbers_of_micro_batches_are_refused(ranks):
-    batches = pack_step(SEQUENCES, 2, token_budget=40)
+    batches = pack_step(SEQUENCES, PackingRules(ranks=2, token_budget=40))
     assert all(len(rank) >= 2 for rank in batches)
     messages = ranks.run(2, policy_jobs.unequal_counts, policy_jobs.Setup(ARCHITECTURE, ep=2), batches)
     assert all("found from 1 to 2" in message for message in messages)
 
 
 def test_random_policy_starts_near_uniform(ranks):
-    batches = pack_step(SEQUENCES, 1, token_budget=200)
+    batches = pack_step(SEQUENCES, PackingRules(ranks=1, token_budget=200))
     (answer,) = ranks.run(1, policy_jobs.train, policy_jobs.Setup(ARCHITECTURE), [batches])
     assert math.isfinite(answer.results[0].gradient_norm)
