@@ -73,6 +73,7 @@ class TrainConfig(Section):
                 f"a step has {trajectories} trajectories (prompts_per_step * rollout.group_size) but there are "
                 f"{ranks} data-parallel ranks: each needs at least one",
             )
+        yield from self.algorithm.overlong_problems(self.rollout.max_response_tokens)
         yield from self.optimizer.warmup_problems(self.algorithm.steps)
         yield from self.evaluation.seed_problems("evaluation", self.rollout)
 
