@@ -1,6 +1,6 @@
 """Typed settings. Importing this loads neither torch nor ray."""
 
-from megatron_vespo.config.algorithm import AdvantageConfig, AlgorithmConfig, KernelCoefficients, ObjectiveConfig
+from megatron_vespo.config.algorithm import AdvantageConfig, AlgorithmConfig, OverlongShaping
 from megatron_vespo.config.data import (
     CustomSource,
     DataConfig,
@@ -12,6 +12,7 @@ from megatron_vespo.config.data import (
 )
 from megatron_vespo.config.load import load_config
 from megatron_vespo.config.model import ModelConfig, OptimizerConfig
+from megatron_vespo.config.objective import EngineCorrection, Kernel, KernelCoefficients, KLConfig, ObjectiveConfig
 from megatron_vespo.config.policy import LayoutConfig, PolicyConfig, RecomputeConfig, ReferenceConfig
 from megatron_vespo.config.rollout import EngineConfig, RolloutConfig, SamplingConfig, WeightSyncConfig
 from megatron_vespo.config.run import (
@@ -34,16 +35,20 @@ __all__ = [
     "DataConfig",
     "DemonstrationsConfig",
     "EngineConfig",
+    "EngineCorrection",
     "EvaluateConfig",
     "EvaluationConfig",
     "ExcludedPrompts",
     "FileSource",
+    "KLConfig",
+    "Kernel",
     "KernelCoefficients",
     "LayoutConfig",
     "ModelConfig",
     "ObjectiveConfig",
     "ObservabilityConfig",
     "OptimizerConfig",
+    "OverlongShaping",
     "PolicyConfig",
     "ReasoningGymSource",
     "RecomputeConfig",

@@ -1,37 +1,51 @@
-"""The learning algorithm: steps, staleness, advantages, objective."""
+"""The learning algorithm: steps, staleness, rewards to advantages, objective."""
 
 from collections.abc import Iterator
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt
 
+from megatron_vespo.config.objective import ObjectiveConfig
 from megatron_vespo.config.section import Section
 
 
-class KernelCoefficients(Section):
-    """phi(W) = W^c1 exp(c2 (1 - W)); largest at W = c1/c2."""
-
-    c1: PositiveFloat
-    c2: PositiveFloat
-
-
-class ObjectiveConfig(Section):
-    kernel: Literal["vespo"] = "vespo"
-    """The coefficient of each trajectory's gradient as a function of its importance weight."""
-    positive: KernelCoefficients = KernelCoefficients(c1=2.0, c2=3.0)
-    """VESPO's coefficients for advantages >= 0 (published values)."""
-    negative: KernelCoefficients = KernelCoefficients(c1=3.0, c2=2.0)
-    """VESPO's coefficients for advantages < 0 (published values)."""
-    aggregation: Literal["token_mean", "sequence_mean_token_mean", "sequence_mean_token_sum"] = "token_mean"
-    """What the sum over tokens is divided by. Denominators count the whole step, over ranks and micro-batches."""
-
-
 class AdvantageConfig(Section):
-    estimator: Literal["group_normalised"] = "group_normalised"
-    """(reward - mean of the group) / (standard deviation of the group + std_epsilon)."""
+    estimator: Literal[
+        "group_normalised",
+        "group_mean",
+        "rloo",
+        "reinforce_plus_plus",
+        "reinforce_plus_plus_baseline",
+        "max_rl",
+        "custom",
+    ] = "group_normalised"
+    """From rewards to advantages; formulas in docs/objectives.md."""
     std_ddof: Literal[0, 1] = 1
-    """1: the group's standard deviation divides by G - 1, as in the published code; 0: by G."""
+    """1: standard deviations divide by n - 1, as in the published code; 0: by n."""
     std_epsilon: PositiveFloat = 1e-6
+    """Added to standard deviations."""
+    zero_variance_groups: Literal["keep", "filter"] = "keep"
+    """Groups whose rewards are all equal: trained on (they count in denominators), or left out of the step."""
+    function: str | None = None
+    """Of `estimator: custom`: the dotted path `package.module:function` of
+    `(rewards [groups, G], config) -> advantages [groups, G]`."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """For that function."""
+
+    def own_problems(self) -> Iterator[tuple[str, str]]:
+        if self.estimator == "custom" and self.function is None:
+            yield "function", "required by estimator: custom (package.module:function)"
+        if self.estimator != "custom" and (self.function is not None or self.options):
+            yield "estimator", f"{self.estimator} takes no function and no options; name the estimator custom"
+
+
+class OverlongShaping(Section):
+    """A penalty that grows over the last tokens before `rollout.max_response_tokens` (DAPO, arXiv 2503.14476)."""
+
+    buffer_tokens: PositiveInt
+    """Length of the ramp; shorter responses are not penalised."""
+    penalty: PositiveFloat = 1.0
+    """Taken off the reward of a response that is cut."""
 
 
 class AlgorithmConfig(Section):
@@ -43,9 +57,11 @@ class AlgorithmConfig(Section):
     """Prompts (groups) of one mini-batch."""
     prompts_per_rollout_batch: PositiveInt | None = None
     """Only a check: if given, it must be staleness * prompts_per_step."""
-    old_policy: Literal["behavior"] = "behavior"
-    """Whose log-probs importance weights are taken against: the engine's when it sampled."""
+    old_policy: Literal["behavior", "proximal"] = "behavior"
+    """Whose log-probs importance weights are taken against: the engine's when it sampled; or the trainer's at the start
+    of the rollout batch, which cost a forward pass."""
     advantage: AdvantageConfig = AdvantageConfig()
+    overlong_shaping: OverlongShaping | None = None
     objective: ObjectiveConfig = Field(default_factory=ObjectiveConfig)
 
     @property
@@ -66,4 +82,28 @@ class AlgorithmConfig(Section):
                 "prompts_per_rollout_batch",
                 f"{stated} is not staleness * prompts_per_step ({self.staleness} * {self.prompts_per_step} = "
                 f"{self.rollout_batch_prompts}); leave it out to derive it",
+            )
+        yield from self._objective_problems()
+
+    def _objective_problems(self) -> Iterator[tuple[str, str]]:
+        """Settings of the objective that the rest of the algorithm makes wrong."""
+        correction = self.objective.engine_correction.name
+        if correction != "none" and self.old_policy == "behavior":
+            yield (
+                "objective.engine_correction",
+                f"{correction} needs old_policy: proximal. Against behavior, the importance weight W holds what engine "
+                "and trainer disagree in already, and would hold it twice",
+            )
+        if self.objective.kernel.name == "dr_grpo" and self.advantage.estimator != "group_mean":
+            yield (
+                "advantage.estimator",
+                f"kernel dr_grpo needs group_mean, found {self.advantage.estimator}; with another name the kernel grpo",
+            )
+
+    def overlong_problems(self, max_response_tokens: int) -> Iterator[tuple[str, str]]:
+        shaping = self.overlong_shaping
+        if shaping is not None and shaping.buffer_tokens > max_response_tokens:
+            yield (
+                "algorithm.overlong_shaping.buffer_tokens",
+                f"{shaping.buffer_tokens} is more than rollout.max_response_tokens ({max_response_tokens})",
             )

@@ -1,37 +1,43 @@
 """Read a YAML file and command-line overrides into a typed configuration; report every mistake at once."""
 
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
+from megatron_vespo.config.data import Source
+from megatron_vespo.config.objective import EngineCorrection, Kernel
 from megatron_vespo.config.section import Section
 from megatron_vespo.errors import ConfigError
 
-SOURCE_TYPES = ("reasoning_gym", "file", "custom")
+BASE = "base"
+TAGS = ("name", "type")
+"""Keys that say which kind of settings a mapping holds."""
+
+
+def kinds(union: Any) -> tuple[str, ...]:
+    """Every value of the discriminator of an annotated union of sections."""
+    fields = [member.model_fields for member in get_args(get_args(union)[0])]
+    return tuple(kind for field in fields for tag in TAGS if tag in field for kind in get_args(field[tag].annotation))
+
+
+UNIONS = {"sources": Source, "source": Source, "kernel": Kernel, "engine_correction": EngineCorrection}
+KINDS = {key: kinds(union) for key, union in UNIONS.items()}
 
 C = TypeVar("C", bound=Section)
 
 
 def load_config(kind: type[C], path: str | Path, overrides: list[str] | None = None) -> C:
-    """Read `path`, apply `overrides` ("algorithm.staleness=8"; values are YAML), and validate as `kind`.
+    """Read `path` and the files it is based on, apply `overrides` ("algorithm.staleness=8"; values are YAML), and
+    validate as `kind`.
 
     Raises:
         ConfigError: one line per mistake, each with the key's path.
     """
     path = Path(path)
-    try:
-        values = yaml.safe_load(path.read_text())
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such configuration file") from None
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not readable as YAML: {error}") from None
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path}: expected a mapping of settings at the top, found {type(values).__name__}")
+    values = with_base(path, ())
     values = without_aliases(values)
     for override in overrides or []:
         apply_override(values, override)
@@ -42,6 +48,51 @@ def load_config(kind: type[C], path: str | Path, overrides: list[str] | None = N
     if problems := [f"{key}: {message}" for key, message in config.problems()]:
         raise ConfigError(listed(path, problems))
     return config
+
+
+def with_base(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
+    """The mapping in `path`, laid over that of the file that its `base` names (relative to `path`), and so on."""
+    values = read_mapping(path, above)
+    if BASE not in values:
+        return values
+    base = values.pop(BASE)
+    if not isinstance(base, str):
+        raise ConfigError(f"{path}: {BASE}: expected the path of a configuration file, found {base!r}")
+    chain = (*above, path)
+    target = path.parent / base
+    if any(target.resolve() == seen.resolve() for seen in chain):
+        raise ConfigError(f"{path}: {BASE}: {base} is based on this file: " + " -> ".join(map(str, (*chain, target))))
+    return merged(with_base(target, chain), values)
+
+
+def read_mapping(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
+    where = f" ({BASE} of {above[-1]})" if above else ""
+    try:
+        values = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such configuration file{where}") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}){where}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not readable as YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: expected a mapping of settings at the top, found {type(values).__name__}")
+    return values
+
+
+def merged(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """`own` over `base`, key by key; a list, and a mapping of another kind (see TAGS), replaces that of the base."""
+    result = dict(base)
+    for key, value in own.items():
+        below = base.get(key)
+        if isinstance(below, dict) and isinstance(value, dict) and _same_kind(below, value):
+            value = merged(below, value)
+        result[key] = value
+    return result
+
+
+def _same_kind(base: dict[str, Any], own: dict[str, Any]) -> bool:
+    return all(own[tag] == base[tag] for tag in TAGS if tag in base and tag in own)
 
 
 def without_aliases(node: Any) -> Any:
@@ -100,10 +151,11 @@ def describe(item: ErrorDetails) -> str:
 
 
 def _is_tag(steps: list[str], number: int) -> bool:
-    """pydantic puts a source's `type` into the path, behind its position or its key."""
-    return (
-        steps[number] in SOURCE_TYPES and number > 0 and (steps[number - 1].isdigit() or steps[number - 1] == "source")
-    )
+    """pydantic puts the kind (a source's `type`, a kernel's `name`) into the path, behind its position or its key."""
+    if number == 0:
+        return False
+    before, step = steps[number - 1], steps[number]
+    return step in KINDS.get("sources" if before.isdigit() else before, ())
 
 
 def listed(path: Path, mistakes: list[str]) -> str:

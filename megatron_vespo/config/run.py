@@ -76,6 +76,7 @@ class TrainConfig(Section):
             )
         if self.policy.reference is not None and self.model.initialization == "random":
             yield "policy.reference", "a model that starts from random weights has no reference: leave it out"
+        yield from self.algorithm.overlong_problems(self.rollout.max_response_tokens)
         yield from self.optimizer.warmup_problems(self.algorithm.steps)
         yield from self.evaluation.seed_problems("evaluation", self.rollout)
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Protocol, cast
 
 from megatron_vespo.config import ConfigError, CustomSource, DataConfig, FileSource, ReasoningGymSource, Source
-from megatron_vespo.data.targets import load_target
+from megatron_vespo.targets import load_target
 
 Question = str | list[dict]
 """The text of a user's turn, or chat messages ({"role", "content"})."""

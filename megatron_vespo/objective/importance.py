@@ -1,30 +1,33 @@
-"""Importance weights of whole responses in a packed batch."""
+"""Importance weights, in log space."""
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_vespo.objective.packed import Packed, over_group
 
-def sequence_lengths(cu_seqlens: Tensor) -> Tensor:
-    """Positions of each packed sequence: [s + 1] -> [s] int64."""
-    return (cu_seqlens[1:] - cu_seqlens[:-1]).long()
-
-
-def sequence_sum(values: Tensor, cu_seqlens: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
-    """Sum of each packed sequence: [t] -> [s] float64. Not differentiable; repeatable on every device.
-
-    `group`: ranks among which the positions of each sequence are dealt out (context parallelism); all call it, and all
-    get the sums over all positions.
-    """
-    sums = torch.segment_reduce(values.detach().double(), "sum", lengths=sequence_lengths(cu_seqlens))
-    if group is not None:
-        dist.all_reduce(sums, group=group)
-    return sums
+LARGEST_LOG_RATIO = 30.0
+"""Ratios are held to e^30 where they are exponentiated (their logs never are): so loss, gradient and the square of the
+gradient's norm stay finite in float32. The published code holds them to e^20."""
 
 
-def per_token(values: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """Give each position the value of its sequence: [s] -> [t]."""
-    return torch.repeat_interleave(values, sequence_lengths(cu_seqlens))
+def wide_enough(*values: Tensor) -> torch.dtype:
+    """float32, or float64 if one of them is."""
+    dtype = torch.float32
+    for value in values:
+        dtype = torch.promote_types(dtype, value.dtype)
+    return dtype
+
+
+def log_ratio(log_probs: Tensor, old_log_probs: Tensor, packed: Packed) -> Tensor:
+    """log(current / old) of each response token, 0 elsewhere: [t] -> [t] float32 (float64 if an input is), detached."""
+    dtype = wide_enough(log_probs, old_log_probs)
+    return packed.zero_outside_(log_probs.detach().to(dtype) - old_log_probs.detach().to(dtype))
+
+
+def ratio(log_ratio: Tensor) -> Tensor:
+    """exp, held to e^LARGEST_LOG_RATIO."""
+    return torch.exp(log_ratio.clamp(max=LARGEST_LOG_RATIO))
 
 
 def sequence_log_weight(
@@ -37,6 +40,37 @@ def sequence_log_weight(
     """log W of each response: sum over its tokens of log(current / old policy). [t] -> [s] float64, detached.
 
     A product over the whole response, never length-normalised and never clamped per token (VESPO, arXiv 2602.10693).
+    `group`: ranks among which the positions of each sequence are dealt out (context parallelism).
     """
-    difference = log_probs.detach().double() - old_log_probs.double()
-    return sequence_sum(torch.where(response_mask, difference, 0.0), cu_seqlens, group)
+    packed = Packed(response_mask, cu_seqlens)
+    return over_group(packed.sum(log_ratio(log_probs, old_log_probs, packed)), group)
+
+
+class NotFiniteError(ValueError):
+    """A log-prob that no policy can have given to a token that was sampled. `sequence`: index in the packed batch."""
+
+    def __init__(self, sequence: int, found: list[str]) -> None:
+        super().__init__(f"trajectory {sequence} of this batch: " + (", ".join(found) or "log-probs are not finite"))
+        self.sequence = sequence
+
+
+def require_finite(log_weight: Tensor, packed: Packed, **log_probs: Tensor) -> None:
+    """Check `log_weight` [s], sums over sequences, instead of all tokens of the `log_probs` [t] that they came from.
+
+    Under context parallelism all ranks of a sequence have the same sums, so all raise and none waits for another.
+
+    Raises:
+        NotFiniteError: names the first sequence whose sum is not finite, and what was found in it.
+    """
+    finite = torch.isfinite(log_weight)
+    if finite.all():
+        return
+    sequence = int((~finite).nonzero()[0])
+    inside = slice(int(packed.cu_seqlens[sequence]), int(packed.cu_seqlens[sequence + 1]))
+    found = []
+    for name, values in log_probs.items():
+        responses = values[inside][packed.response_mask[inside]].detach()
+        wrong = (~torch.isfinite(responses)).nonzero().flatten()
+        if len(wrong):
+            found.append(f"{name} of its response token {int(wrong[0])} is {float(responses[wrong[0]])}")
+    raise NotFiniteError(sequence, found)

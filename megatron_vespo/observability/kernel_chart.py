@@ -32,7 +32,7 @@ def kernel(run: RunFolder) -> Figure | None:
         dots = [item for item in inside[::every] if item[3] in group]
         upper.dots("", [item[0] for item in dots], [item[1] for item in dots], colour, size=5.5, opacity=0.75)
     caption = (
-        "Above: the coefficient that VESPO gives a trajectory's gradient, as a function of its importance weight W; solid for "
+        "Above: the coefficient of a trajectory's gradient over its importance weight W; VESPO's curve is solid for "
         "advantages >= 0, dashed for negative ones. Each dot is a trajectory at a step, as measured. Below: how often each "
         "log W occurred, by staleness (every row scaled to its own peak): older data spreads, and the kernel fades out what "
         f"spreads too far. {len(seen):,} trajectory-steps, every {_ordinal(every)} drawn"
@@ -72,11 +72,12 @@ def _log_weight_axis(seen: list[Occurrence]) -> Axis:
 
 
 def _curves(plot: Plot, run: RunFolder) -> None:
-    if run.setting("algorithm.objective.kernel") != "vespo":
-        return
+    kernel = "algorithm.objective.kernel"
+    if run.setting(f"{kernel}.name") != "vespo" or run.setting(f"{kernel}.length_normalisation", "none") != "none":
+        return  # only then is phi a function of W alone
     xs = [plot.x.low + (plot.x.high - plot.x.low) * index / 240 for index in range(241)]
     for sign, name, dashed in (("positive", "advantage >= 0", False), ("negative", "advantage < 0", True)):
-        c1, c2 = (run.setting(f"algorithm.objective.{sign}.{name}") for name in ("c1", "c2"))
+        c1, c2 = (run.setting(f"{kernel}.{sign}.{name}") for name in ("c1", "c2"))
         if c1 is not None and c2 is not None:
             ys = [math.exp(c1 * x + c2 * (1 - math.exp(x))) for x in xs]
             plot.line(name, xs, ys, "ink", dashed=dashed)

@@ -78,7 +78,7 @@ def _subtitle(run: RunFolder) -> str:
         parts.append(" + ".join(str(task) for task in tasks if task))
     if (model := run.setting("model.path")) is not None:
         parts.append(str(model))
-    if (kernel_name := run.setting("algorithm.objective.kernel")) is not None:
+    if (kernel_name := run.setting("algorithm.objective.kernel.name")) is not None:
         parts.append(f"{kernel_name}, {run.setting('algorithm.staleness')} steps a rollout batch")
     if (seed := run.setting("seed")) is not None:
         parts.append(f"seed {seed}")

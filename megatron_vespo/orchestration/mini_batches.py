@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from megatron_vespo.config import AdvantageConfig, RolloutConfig
-from megatron_vespo.objective.advantages import group_normalised
+from megatron_vespo.objective.advantages import advantages
 from megatron_vespo.policy.batch import TrainingSequence
 from megatron_vespo.policy.packing import PackingReport
 from megatron_vespo.rollout.trajectory import Group, Trajectory
@@ -22,8 +22,8 @@ def settle_truncated(groups: list[Group], rollout: RolloutConfig) -> None:
 
 def assign_advantages(groups: list[Group], config: AdvantageConfig) -> None:
     rewards = np.array([[trajectory.reward for trajectory in group.trajectories] for group in groups])
-    for group, advantages in zip(groups, group_normalised(rewards, config), strict=True):
-        for trajectory, advantage in zip(group.trajectories, advantages, strict=True):
+    for group, row in zip(groups, advantages(rewards, config), strict=True):
+        for trajectory, advantage in zip(group.trajectories, row, strict=True):
             trajectory.advantage = float(advantage)
 
 

@@ -2,10 +2,14 @@
 
 import time
 
-import numpy as np
-
 from megatron_vespo.config import TrainConfig
-from megatron_vespo.objective.diagnostics import difference_diagnostics, weight_diagnostics
+from megatron_vespo.objective.diagnostics import (
+    difference_diagnostics,
+    mismatch_alarm,
+    token_diagnostics,
+    weight_diagnostics,
+)
+from megatron_vespo.objective.kernels import largest_coefficient
 from megatron_vespo.observability.console import RunConsole
 from megatron_vespo.orchestration.evaluation import evaluate
 from megatron_vespo.orchestration.mini_batches import mini_batches, packing_figures, training_sequences
@@ -50,10 +54,8 @@ async def train_step(session: Session, trajectories: list[Trajectory], batch: in
 
     step = batch * algorithm.staleness + mini_batch + 1
     trained = sum(len(t.prompt.token_ids) + len(t.response_ids) - 1 for t in trajectories)
-    # What is masked out of the loss has no weight that means anything.
-    counted = np.array([t.trained for t in trajectories])
-    log_weight, phi = (report.sequences[name].double().numpy()[counted] for name in ("log_weight", "phi"))
-    advantages = np.array([t.advantage for t in trajectories])[counted]
+    sequences = {name: values.double().numpy() for name, values in report.sequences.items()}
+    weights = weight_diagnostics(sequences, largest_coefficient(algorithm.objective.kernel))
     # The engine holds exactly the trainer's weights only at the first mini-batch: what differs there is the engines.
     difference = "mismatch" if mini_batch == 0 else "drift"
     session.tally.add_step(trained, report.sums if mini_batch == 0 else None)
@@ -67,15 +69,21 @@ async def train_step(session: Session, trajectories: list[Trajectory], batch: in
             "loss": report.loss,
             "grad_norm": report.gradient_norm,
             "learning_rate": report.learning_rate,
-            **weight_diagnostics(log_weight, phi, advantages),
+            **weights,
             **difference_diagnostics(report.sums, difference),
+            **token_diagnostics(report.sums),
+            **({"alarm/mismatch": mismatch_alarm(weights["log_weight/std"])} if mini_batch == 0 else {}),
             **packing_figures(report.packing),
             "tokens/trained": trained,
             "time/train": seconds,
             "speed/trained_tokens_per_second": trained / seconds,
         },
     )
-    session.metrics.write_weights(step, mini_batch, {"log_weight": log_weight, "phi": phi, "advantage": advantages})
+    # What is masked out of the loss has no weight that means anything.
+    counted = sequences["tokens"] > 0
+    session.metrics.write_weights(
+        step, mini_batch, {name: sequences[name][counted] for name in ("log_weight", "phi", "advantage")}
+    )
 
 
 async def sync_weights(session: Session, step: int) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any, cast
 
 from megatron_vespo.config import ConfigError, CustomSource, FileSource, ReasoningGymSource, Source
-from megatron_vespo.data.targets import load_target
+from megatron_vespo.targets import load_function, load_target
 
 Scorer = Callable[[str, Any], float]
 RowScorer = Callable[[str, Any, dict], float]
@@ -49,10 +49,7 @@ def named_scorer(name: str, key: str) -> RowScorer:
         raise ConfigError(
             f"{key}: no scorer is called '{name}'; use exact_match, math_verify or package.module:function"
         )
-    function = load_target(name, key)
-    if not callable(function):
-        raise ConfigError(f"{key}: '{name}' is not a function")
-    return cast(RowScorer, function)
+    return load_function(name, key)
 
 
 def exact_match(response: str, answer: object, row: dict) -> float:

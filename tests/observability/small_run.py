@@ -14,8 +14,16 @@ CONFIG = {
         "steps": STALENESS * BATCHES,
         "staleness": STALENESS,
         "prompts_per_step": 2,
-        "objective": {"kernel": "vespo", "positive": {"c1": 2.0, "c2": 3.0}, "negative": {"c1": 3.0, "c2": 2.0}},
+        "objective": {
+            "kernel": {"name": "vespo", "positive": {"c1": 2.0, "c2": 3.0}, "negative": {"c1": 3.0, "c2": 2.0}}
+        },
     },
+}
+OF_SIGN = {
+    "share": 0.5,
+    **{f"{name}/{quantile}": 1.0 for name in ("log_weight", "phi") for quantile in ("p10", "p50", "p90")},
+    "phi/share_below_0.01": 0.0,
+    "clip_fraction": 0.1,
 }
 
 
@@ -59,9 +67,23 @@ def step_row(batch: int, age: int) -> dict:
         "phi/p90": 1.1,
         "phi/max": 1.2,
         "phi/share_below_0.01": 0.0,
+        "phi/length_correlation": -0.1,
+        **{f"{sign}/{name}": value for sign in ("positive", "negative") for name, value in OF_SIGN.items()},
+        "gradient/log_kept": -0.1,
+        "gradient/ess": 0.7,
+        "gradient/top_1pct_share": 0.05,
+        "variance/kernel": 0.9,
+        "variance/importance": 1.1,
+        "variance/bound": 1.5,
         "ess": 1.0 - 0.2 * age,
         **{f"{'mismatch' if age == 0 else 'drift'}/{name}": value for name, value in difference.items()},
+        **({"alarm/mismatch": False} if age == 0 else {}),
         "entropy/behavior": 0.5,
+        "entropy/current": 0.5,
+        "kl_reference/k1": 0.01,
+        "kl_reference/k3": 0.01,
+        "engine_correction/mean_weight": 1.0,
+        "engine_correction/masked_share": 0.0,
         "tokens/trained": 32,
         "time/train": 1.0,
         "speed/trained_tokens_per_second": 32.0,

@@ -3,6 +3,8 @@
 import importlib
 import os
 import sys
+from collections.abc import Callable
+from typing import Any
 
 from megatron_vespo.config import ConfigError
 
@@ -29,3 +31,11 @@ def load_target(target: str, key: str) -> object:
         return getattr(module, name)
     except AttributeError:
         raise ConfigError(f"{key}: module '{module_name}' has no '{name}'") from None
+
+
+def load_function(target: str, key: str) -> Callable[..., Any]:
+    """`load_target`, and a ConfigError too if what it names is not callable."""
+    function = load_target(target, key)
+    if not callable(function):
+        raise ConfigError(f"{key}: '{target}' is not a function")
+    return function
