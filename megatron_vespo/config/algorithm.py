@@ -8,6 +8,8 @@ from pydantic import Field, PositiveFloat, PositiveInt
 from megatron_vespo.config.objective import ObjectiveConfig
 from megatron_vespo.config.section import Section
 
+OldPolicy = Literal["behavior", "proximal"]
+
 
 class AdvantageConfig(Section):
     estimator: Literal[
@@ -57,7 +59,7 @@ class AlgorithmConfig(Section):
     """Prompts (groups) of one mini-batch."""
     prompts_per_rollout_batch: PositiveInt | None = None
     """Only a check: if given, it must be staleness * prompts_per_step."""
-    old_policy: Literal["behavior", "proximal"] = "behavior"
+    old_policy: OldPolicy = "behavior"
     """Whose log-probs importance weights are taken against: the engine's when it sampled; or the trainer's at the start
     of the rollout batch, which cost a forward pass."""
     advantage: AdvantageConfig = AdvantageConfig()

@@ -76,6 +76,8 @@ class TrainConfig(Section):
             )
         if self.policy.reference is not None and self.model.initialization == "random":
             yield "policy.reference", "a model that starts from random weights has no reference: leave it out"
+        if self.algorithm.objective.kl.coefficient > 0 and self.policy.reference is None:
+            yield "algorithm.objective.kl.coefficient", "needs a frozen model: set policy.reference (`{}` is the start)"
         yield from self.algorithm.overlong_problems(self.rollout.max_response_tokens)
         yield from self.optimizer.warmup_problems(self.algorithm.steps)
         yield from self.evaluation.seed_problems("evaluation", self.rollout)

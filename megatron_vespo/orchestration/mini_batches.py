@@ -3,9 +3,15 @@
 from collections.abc import Iterator
 
 import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
-from megatron_vespo.config import AdvantageConfig, RolloutConfig
-from megatron_vespo.objective.advantages import advantages
+from megatron_vespo.config import AdvantageConfig, AlgorithmConfig, RolloutConfig
+from megatron_vespo.config.algorithm import OldPolicy
+from megatron_vespo.objective.advantages import advantages, trained_groups
+from megatron_vespo.objective.kl import kl_penalty
+from megatron_vespo.objective.overlong import overlong_penalty
 from megatron_vespo.policy.batch import TrainingSequence
 from megatron_vespo.policy.packing import PackingReport
 from megatron_vespo.rollout.trajectory import Group, Trajectory
@@ -20,36 +26,76 @@ def settle_truncated(groups: list[Group], rollout: RolloutConfig) -> None:
             trajectory.reward -= rollout.truncation_penalty
 
 
+def shape_rewards(groups: list[Group], algorithm: AlgorithmConfig, max_response_tokens: int) -> None:
+    """Take off what the algorithm adds to the task's own reward: overlong responses, KL to the reference; in place."""
+    trajectories = [trajectory for group in groups for trajectory in group.trajectories]
+    if algorithm.overlong_shaping is not None:
+        lengths = np.array([len(trajectory.response_ids) for trajectory in trajectories])
+        penalties = overlong_penalty(lengths, max_response_tokens, algorithm.overlong_shaping)
+        _take_off(trajectories, penalties)
+    kl = algorithm.objective.kl
+    if kl.place == "reward" and kl.coefficient > 0:
+        log_probs, reference = (
+            torch.from_numpy(np.concatenate([t.log_probs_of(policy) for t in trajectories]))
+            for policy in (algorithm.old_policy, "reference")
+        )
+        everything = torch.ones(len(log_probs), dtype=torch.bool)
+        penalties = kl_penalty(kl, log_probs, reference, everything, response_bounds(trajectories))
+        _take_off(trajectories, penalties.numpy())
+
+
+def _take_off(trajectories: list[Trajectory], penalties: NDArray[np.float64]) -> None:
+    for trajectory, penalty in zip(trajectories, penalties, strict=True):
+        trajectory.reward -= float(penalty)
+
+
+def response_bounds(trajectories: list[Trajectory]) -> Tensor:
+    """Where responses begin and end when they are put behind each other: [n + 1] int32."""
+    return torch.tensor([0, *np.cumsum([len(t.response_ids) for t in trajectories])], dtype=torch.int32)
+
+
 def assign_advantages(groups: list[Group], config: AdvantageConfig) -> None:
+    """In place; groups that the algorithm leaves out are marked so."""
     rewards = np.array([[trajectory.reward for trajectory in group.trajectories] for group in groups])
+    for group, trained in zip(groups, trained_groups(rewards, config), strict=True):
+        group.trained = bool(trained)
     for group, row in zip(groups, advantages(rewards, config), strict=True):
         for trajectory, advantage in zip(group.trajectories, row, strict=True):
             trajectory.advantage = float(advantage)
 
 
 def mini_batches(groups: list[Group], groups_per_step: int) -> Iterator[list[Trajectory]]:
-    """Whole groups, in the order given."""
+    """Whole groups, in the order given, without those that are left out. A step needs some, though: where all would be
+    left out all stay, with advantages of 0."""
     for start in range(0, len(groups), groups_per_step):
-        yield [t for group in groups[start : start + groups_per_step] for t in group.trajectories]
+        step = groups[start : start + groups_per_step]
+        trained = [group for group in step if group.trained] or step
+        yield [trajectory for group in trained for trajectory in group.trajectories]
 
 
-def training_sequences(trajectories: list[Trajectory]) -> list[TrainingSequence]:
+def training_sequences(trajectories: list[Trajectory], old_policy: OldPolicy) -> list[TrainingSequence]:
     """With P prompt and R response tokens, position P - 1 + j predicts response token j."""
-    return [_sequence(trajectory, key) for key, trajectory in enumerate(trajectories)]
+    return [_sequence(trajectory, old_policy, key) for key, trajectory in enumerate(trajectories)]
 
 
-def _sequence(trajectory: Trajectory, key: int) -> TrainingSequence:
+def _sequence(trajectory: Trajectory, old_policy: OldPolicy, key: int) -> TrainingSequence:
     prompt, response = trajectory.prompt.token_ids, trajectory.response_ids
     positions = len(prompt) + len(response) - 1
     predicts_response = np.arange(positions) >= len(prompt) - 1
-    old_log_probs = np.zeros(positions, dtype=np.float32)
-    old_log_probs[predicts_response] = trajectory.behavior_log_probs
+
+    def placed(values: NDArray[np.float32]) -> NDArray[np.float32]:
+        """[response tokens] -> [positions], 0 on those of the prompt."""
+        return np.concatenate([np.zeros(len(prompt) - 1, dtype=np.float32), values])
+
+    engine, reference = trajectory.engine_log_weights, trajectory.reference_log_probs
     return TrainingSequence(
         token_ids=np.concatenate([prompt, response]).astype(np.int32),
         label_mask=predicts_response & trajectory.trained,
-        old_log_probs=old_log_probs,
+        old_log_probs=placed(trajectory.log_probs_of(old_policy)),
         advantage=trajectory.advantage,
         key=key,
+        engine_log_weights=None if engine is None else placed(engine),
+        reference_log_probs=None if reference is None else placed(reference),
     )
 
 

@@ -69,7 +69,9 @@ class PolicyRank:
         """One optimizer step; `objective` None is supervised training."""
         from megatron_vespo.orchestration.step_losses import loss_function
 
-        return self._policy.train_step(micro_batches, loss_function(objective, self._policy.context_parallel_group))
+        loss = loss_function(objective, self._policy.context_parallel_group)
+        with_entropy = objective is not None and objective.entropy_coefficient > 0
+        return self._policy.train_step(micro_batches, loss, with_entropy=with_entropy)
 
     def score(self, micro_batches: list[MicroBatch], with_entropy: bool, reference: bool) -> dict[int, TokenScores]:
         """Scores of labels by key, of this rank's share on one of the share's ranks."""

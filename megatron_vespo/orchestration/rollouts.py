@@ -1,6 +1,7 @@
 """One rollout batch: prompts are sampled on the engine, graded, and given advantages."""
 
-from megatron_vespo.orchestration.mini_batches import assign_advantages, settle_truncated
+from megatron_vespo.orchestration.mini_batches import assign_advantages, settle_truncated, shape_rewards
+from megatron_vespo.orchestration.rescoring import rescore
 from megatron_vespo.orchestration.session import Session
 from megatron_vespo.rollout.generate import generate_groups
 from megatron_vespo.rollout.trajectory import Group
@@ -23,9 +24,12 @@ async def collect_rollouts(session: Session, batch: int, weight_version: int) ->
     )
     groups, seconds, grading_seconds = await sampler.collect(stream, prompts)
     settle_truncated(groups, config.rollout)
+    figures = sampler.describe(groups)
+    await rescore(session, groups)
+    shape_rewards(groups, config.algorithm, config.rollout.max_response_tokens)
     assign_advantages(groups, config.algorithm.advantage)
 
-    figures = sampler.describe(groups)
+    left_out = sum(not group.trained for group in groups)
     session.tally.generated_tokens += int(figures["response/tokens"])
     session.record(
         "rollout",
@@ -34,6 +38,7 @@ async def collect_rollouts(session: Session, batch: int, weight_version: int) ->
             "batch": batch,
             "weight_version": weight_version,
             **figures,
+            "reward/groups_left_out": left_out,
             "prompt/dropped_overlong": session.prompts.dropped_overlong,
             "prompt/skipped_held_out": session.prompts.skipped_excluded,
             "time/generate": seconds,

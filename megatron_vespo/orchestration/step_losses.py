@@ -30,6 +30,9 @@ def loss_function(
             response_mask=batch.label_mask,
             cu_seqlens=batch.cu_seqlens,
             denominator=1,
+            engine_log_weights=batch.engine_log_weights,
+            kl_reference_log_probs=batch.reference_log_probs,
+            entropy=scores.entropy,
             context_parallel_group=context_parallel_group,
         )
         count = local_count(objective.aggregation, batch.label_mask, batch.cu_seqlens, context_parallel_group)

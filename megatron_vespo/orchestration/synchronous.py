@@ -48,7 +48,9 @@ async def train_step(session: Session, trajectories: list[Trajectory], batch: in
     session.console.phase("training")
     session.console.progress(mini_batch, algorithm.staleness, "steps", f"batch {batch + 1}")
     started = time.monotonic()
-    report = await session.policy.train_step(training_sequences(trajectories), algorithm.objective)
+    report = await session.policy.train_step(
+        training_sequences(trajectories, algorithm.old_policy), algorithm.objective
+    )
     assert report.packing is not None
     seconds = time.monotonic() - started
 

@@ -20,6 +20,8 @@ class TrainingSequence:
         token_ids: [n] int32 or int64.
         label_mask: [n - 1] bool, position i is True where token i + 1 counts in the loss.
         old_log_probs: [n - 1] float32, of token i + 1 under the old policy; anything where label_mask is False.
+        engine_log_weights: [n - 1] float32, log of the correction of the engine's error of token i + 1, or None.
+        reference_log_probs: [n - 1] float32, of token i + 1 under the frozen reference, or None.
         advantage: of the whole sequence; 1.0 for demonstrations.
         key: position in the step's mini-batch; results are ordered by it.
     """
@@ -29,6 +31,8 @@ class TrainingSequence:
     old_log_probs: NDArray[np.float32]
     advantage: float
     key: int
+    engine_log_weights: NDArray[np.float32] | None = None
+    reference_log_probs: NDArray[np.float32] | None = None
 
     def __post_init__(self):
         n = self.positions
@@ -67,6 +71,8 @@ class MicroBatch:
     advantages: Tensor  # [s] float32
     keys: tuple[int, ...]  # s of them
     lengths: tuple[int, ...]  # s of them, positions without padding
+    engine_log_weights: Tensor | None = None  # [t] float32
+    reference_log_probs: Tensor | None = None  # [t] float32
 
     @property
     def max_seqlen(self) -> int:
@@ -96,6 +102,8 @@ class MicroBatch:
             label_mask=self.label_mask[own],
             old_log_probs=self.old_log_probs[own],
             lengths=tuple((first + second).tolist()),
+            engine_log_weights=None if self.engine_log_weights is None else self.engine_log_weights[own],
+            reference_log_probs=None if self.reference_log_probs is None else self.reference_log_probs[own],
         )
 
 
@@ -115,7 +123,19 @@ def pack(sequences: list[TrainingSequence], segment_multiple: int = 1) -> MicroB
         advantages=torch.tensor([sequence.advantage for sequence in sequences], dtype=torch.float32),
         keys=tuple(sequence.key for sequence in sequences),
         lengths=tuple(lengths),
+        engine_log_weights=_given([sequence.engine_log_weights for sequence in sequences], padding),
+        reference_log_probs=_given([sequence.reference_log_probs for sequence in sequences], padding),
     )
+
+
+def _given(parts: list[NDArray[np.float32] | None], padding: list[int]) -> Tensor | None:
+    """All sequences have it, or none. Raises ValueError if some do."""
+    given = [part for part in parts if part is not None]
+    if len(given) not in (0, len(parts)):
+        raise ValueError(
+            f"{len(given)} of {len(parts)} sequences have log-probs of another policy: all need them, or none"
+        )
+    return _joined(given, padding).float() if given else None
 
 
 def _joined(parts: list[NDArray], padding: list[int]) -> Tensor:

@@ -110,6 +110,8 @@ def filler_of(sequence: TrainingSequence, positions: int = 1) -> TrainingSequenc
         old_log_probs=np.zeros(positions, dtype=np.float32),
         advantage=0.0,
         key=FILLER_KEY,
+        engine_log_weights=None if sequence.engine_log_weights is None else np.zeros(positions, dtype=np.float32),
+        reference_log_probs=None if sequence.reference_log_probs is None else np.zeros(positions, dtype=np.float32),
     )
 
 

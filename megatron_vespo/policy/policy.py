@@ -95,8 +95,12 @@ class MegatronPolicy:
             for chunk in self.model:
                 chunk.start_param_sync(force_sync=True)
 
-    def train_step(self, micro_batches: list[MicroBatch], loss: LossFunction) -> StepResult:
+    def train_step(
+        self, micro_batches: list[MicroBatch], loss: LossFunction, *, with_entropy: bool = False
+    ) -> StepResult:
         """Forward, backward and one optimizer step. Every rank needs the same number of micro-batches, at least one.
+
+        `with_entropy`: the loss gets the entropy of every distribution too, with its gradient.
 
         The ranks of one copy of the model (tensor, pipeline, context parallel) get the same micro-batches.
 
@@ -111,7 +115,8 @@ class MegatronPolicy:
             chunk.train()
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        outputs = forward_and_backward(self.model, micro_batches, loss, self.device.torch_device)
+        with self._entropy(with_entropy):
+            outputs = forward_and_backward(self.model, micro_batches, loss, self.device.torch_device)
         forward_backward_done = time.perf_counter()
         succeeded, gradient_norm, _ = self.optimizer.step()  # type: ignore[misc]
         if not succeeded:

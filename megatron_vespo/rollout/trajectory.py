@@ -44,6 +44,10 @@ class Trajectory:
         response_ids: [response tokens] int32, the stop token included.
         behavior_log_probs: [response tokens] float32, log-probs of the engine's sampling distribution
             (temperature applied), natural logarithm.
+        proximal_log_probs: [response tokens] float32, the trainer's at the start of the rollout batch; None unless the
+            algorithm asks for them.
+        reference_log_probs: [response tokens] float32, of the frozen model of a KL term; None without one.
+        engine_log_weights: [response tokens] float32, log of the correction of the engine's error; None without one.
         segments: cover the response without gap or overlap.
         sample: position in the group, 0 .. group_size - 1.
     """
@@ -61,6 +65,20 @@ class Trajectory:
     trained: bool = True
     """False: its tokens are masked out of the loss (a truncated response under `truncated: mask`)."""
     advantage: float = float("nan")
+    proximal_log_probs: NDArray[np.float32] | None = None
+    reference_log_probs: NDArray[np.float32] | None = None
+    engine_log_weights: NDArray[np.float32] | None = None
+
+    def log_probs_of(self, policy: Literal["behavior", "proximal", "reference"]) -> NDArray[np.float32]:
+        """[response tokens]. Raises ValueError if that policy has not scored this trajectory."""
+        found = {
+            "behavior": self.behavior_log_probs,
+            "proximal": self.proximal_log_probs,
+            "reference": self.reference_log_probs,
+        }[policy]
+        if found is None:
+            raise ValueError(f"{self.prompt.identity}, sample {self.sample}: no {policy} log-probs")
+        return found
 
     @property
     def truncated(self) -> bool:
@@ -77,6 +95,8 @@ class Group:
 
     prompt: Prompt
     trajectories: list[Trajectory] = field(default_factory=list)
+    trained: bool = True
+    """False: left out of its step (`zero_variance_groups: filter`)."""
 
 
 def fingerprint(groups: list[Group]) -> str:

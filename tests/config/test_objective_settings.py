@@ -73,8 +73,10 @@ def test_the_name_dr_grpo_keeps_its_promise():
 
 
 def test_k1_is_allowed_as_a_reward():
-    kl = settings("algorithm.objective.kl={coefficient: 0.1, estimator: k1, place: reward}").objective.kl
+    penalty = "algorithm.objective.kl={coefficient: 0.1, estimator: k1, place: reward}"
+    kl = settings(penalty, "policy.reference={}").objective.kl
     assert (kl.estimator, kl.place) == ("k1", "reward")
+    assert "needs a frozen model: set policy.reference" in mistakes(penalty.removeprefix("algorithm."))
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)

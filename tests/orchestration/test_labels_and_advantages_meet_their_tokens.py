@@ -29,7 +29,7 @@ def trajectory(prompt_tokens, response, sample=0, reward=0.0, finish="stop", nam
 
 @pytest.mark.parametrize(("prompt", "response"), [([7, 8, 9], [20, 21, 22, 1]), ([5], [30]), ([5, 6], [40, 41])])
 def test_each_label_is_the_response_token_that_its_log_prob_is_of(prompt, response):
-    (sequence,) = training_sequences([trajectory(prompt, response)])
+    (sequence,) = training_sequences([trajectory(prompt, response)], "behavior")
     whole = prompt + response
     assert sequence.token_ids.tolist() == whole
     trained = []
@@ -79,5 +79,5 @@ def test_truncated_responses_are_kept_masked_or_penalised(mode, rewards, trained
     whole = [t for group in some for t in group.trajectories if not t.truncated]
     assert [t.reward for t in cut] == rewards and [t.trained for t in cut] == trained
     assert [t.reward for t in whole] == [1.0, 0.5, 0.5, 0.0] and all(t.trained for t in whole)
-    masks = [sequence.label_mask.any() for sequence in training_sequences(cut)]
+    masks = [sequence.label_mask.any() for sequence in training_sequences(cut, "behavior")]
     assert masks == trained

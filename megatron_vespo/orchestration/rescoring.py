@@ -1,0 +1,52 @@
+"""What the trainer says of a rollout batch before the first of its steps: proximal and reference log-probs."""
+
+import numpy as np
+import torch
+
+from megatron_vespo.config import ObjectiveConfig
+from megatron_vespo.objective.engine_correction import engine_log_weights
+from megatron_vespo.orchestration.mini_batches import response_bounds, training_sequences
+from megatron_vespo.orchestration.session import Session
+from megatron_vespo.policy.result import TokenScores
+from megatron_vespo.rollout.trajectory import Group, Trajectory
+
+
+async def rescore(session: Session, groups: list[Group]) -> None:
+    """Fill in, in place, what the algorithm needs beside behavior log-probs; a forward pass for each, none for nothing.
+
+    Call it before the first of the batch's steps: proximal log-probs are those of the weights that the engine holds.
+    """
+    config = session.config
+    trajectories = [trajectory for group in groups for trajectory in group.trajectories]
+    sequences = training_sequences(trajectories, "behavior")
+    if config.algorithm.old_policy == "proximal":
+        session.console.phase("scoring: proximal")
+        scores = await session.policy.score(sequences)
+        for trajectory, score in zip(trajectories, scores, strict=True):
+            trajectory.proximal_log_probs = _of_response(trajectory, score)
+        correct_engine(trajectories, config.algorithm.objective)
+    if config.policy.reference is not None:
+        session.console.phase("scoring: reference")
+        scores = await session.policy.score(sequences, reference=True)
+        for trajectory, score in zip(trajectories, scores, strict=True):
+            trajectory.reference_log_probs = _of_response(trajectory, score)
+
+
+def correct_engine(trajectories: list[Trajectory], objective: ObjectiveConfig) -> None:
+    """Assign `engine_log_weights`, in place, if the objective corrects for the engine."""
+    if objective.engine_correction.name == "none":
+        return
+    proximal, behavior = (
+        torch.from_numpy(np.concatenate([t.log_probs_of(policy) for t in trajectories]))
+        for policy in ("proximal", "behavior")
+    )
+    bounds = response_bounds(trajectories)
+    everything = torch.ones(len(proximal), dtype=torch.bool)
+    weights = engine_log_weights(objective.engine_correction, proximal, behavior, everything, bounds)
+    for trajectory, own in zip(trajectories, weights.float().split(bounds.diff().tolist()), strict=True):
+        trajectory.engine_log_weights = own.numpy()
+
+
+def _of_response(trajectory: Trajectory, scores: TokenScores) -> np.ndarray:
+    """[positions] -> [response tokens]: the last prompt token predicts the first of the response."""
+    return scores.log_probs[len(trajectory.prompt.token_ids) - 1 :].numpy()
