@@ -108,7 +108,8 @@ class MegatronPolicy:
         learning_rate = self.optimizer.param_groups[0]["lr"]
         started = time.perf_counter()
         for chunk in self.model:
-            chunk.train()
+            if not chunk.training:  # it walks through all modules
+                chunk.train()
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         outputs = forward_and_backward(self.model, micro_batches, loss, self.device.torch_device)
