@@ -75,7 +75,7 @@ class PolicyConfig(Section):
     micro_batch_tokens: PositiveInt = 8192
     """Token budget of one forward/backward pass on one rank (with context parallelism a micro-batch has cp times as
     many); a longer sequence gets a micro-batch of its own."""
-    head_chunk_tokens: PositiveInt = 256
+    head_chunk_tokens: PositiveInt = 1024
     """Tokens that go through the output layer at once; bounds the memory of logits."""
     vocabulary_multiple: PositiveInt = 1
     """Rows of the output layer on each tensor-parallel rank are padded to a multiple of this."""

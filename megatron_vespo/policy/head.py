@@ -47,6 +47,8 @@ def token_scores(
     Returns:
         log_probs [t] and entropy [t] (or None), float32, equal on all ranks.
     """
+    if group is not None and group.size() == 1:
+        group = None
     first_id = len(weight) * dist.get_rank(group) if group is not None else 0
     real_rows = min(max(vocab_size - first_id, 0), len(weight))
     plan = _Plan(

@@ -62,7 +62,11 @@ def build_optimizer(
         )
     )
     no_decay: ParamGroupOverride = {"wd_mult": 0.0}  # type: ignore[typeddict-item]
-    return get_megatron_optimizer(settings, chunks, config_overrides={exempt: no_decay}, use_gloo_process_groups=False)
+    built = get_megatron_optimizer(settings, chunks, config_overrides={exempt: no_decay}, use_gloo_process_groups=False)
+    if not device.is_cuda:
+        for group in built.param_groups:  # torch's AdamW steps one parameter after the other unless told to
+            group["fused"] = True
+    return built
 
 
 def is_exempt(name: str, patterns: tuple[str, ...]) -> bool:

@@ -112,7 +112,8 @@ class MegatronPolicy:
         learning_rate = self.optimizer.param_groups[0]["lr"]
         started = time.perf_counter()
         for chunk in self.model:
-            chunk.train()
+            if not chunk.training:  # it walks through all modules
+                chunk.train()
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         with self._entropy(with_entropy):
