@@ -67,7 +67,7 @@ class PolicyRank:
 
     def train_step(self, micro_batches: list[MicroBatch], objective: ObjectiveConfig | None) -> StepResult:
         """One optimizer step; `objective` None is supervised training."""
-        from megatron_vespo.orchestration.step_losses import loss_function
+        from megatron_vespo.policy.losses import loss_function
 
         loss = loss_function(objective, self._policy.context_parallel_group)
         with_entropy = objective is not None and objective.entropy_coefficient > 0

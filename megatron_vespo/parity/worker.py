@@ -18,16 +18,14 @@ from torch.nn import Parameter
 from megatron_vespo.checkpoint.gather import gather_hf_tensors
 from megatron_vespo.checkpoint.load import load_hf_weights
 from megatron_vespo.config import ModelConfig, PolicyConfig
-from megatron_vespo.objective import policy_loss
-from megatron_vespo.objective.aggregation import local_count
 from megatron_vespo.parity.case import Case
 from megatron_vespo.parity.pool import LOOPBACK
 from megatron_vespo.policy.batch import MicroBatch
 from megatron_vespo.policy.layout_fit import packing_rules
+from megatron_vespo.policy.losses import loss_function
 from megatron_vespo.policy.packing import FILLER_KEY, pack_step
 from megatron_vespo.policy.policy import MegatronPolicy
-from megatron_vespo.policy.result import StepResult, TokenScores
-from megatron_vespo.policy.schedule import LossFunction
+from megatron_vespo.policy.result import StepResult
 from megatron_vespo.rendezvous import listen
 
 PlantedError = Literal["none", "tensor-parallel-norms", "data-parallel", "embeddings"]
@@ -54,7 +52,7 @@ class RankRecord:
 def train(rank: int, world_size: int, port: int, case: Case, policy: PolicyConfig, planted: PlantedError) -> RankRecord:
     """All steps of the case. Every rank of the layout calls it."""
     with joined(rank, world_size, port, case, policy) as trainer, _planted(planted):
-        loss = vespo_loss(case, trainer.context_parallel_group)
+        loss = loss_function(case.objective, trainer.context_parallel_group)
         rules = packing_rules(case.architecture, policy)
         results, routes, gradients = [], [], {}
         for number, sequences in enumerate(case.steps):
@@ -96,25 +94,6 @@ def joined(rank: int, world_size: int, port: int, case: Case, policy: PolicyConf
         yield trainer
     finally:
         trainer.close()
-
-
-def vespo_loss(case: Case, group: dist.ProcessGroup | None) -> LossFunction:
-    objective = case.objective
-
-    def loss(scores: TokenScores, batch: MicroBatch):
-        numerator, metrics = policy_loss(
-            objective,
-            log_probs=scores.log_probs,
-            old_log_probs=batch.old_log_probs,
-            advantages=batch.advantages,
-            response_mask=batch.label_mask,
-            cu_seqlens=batch.cu_seqlens,
-            denominator=1,
-            context_parallel_group=group,
-        )
-        return numerator, local_count(objective.aggregation, batch.label_mask, batch.cu_seqlens, group), metrics
-
-    return loss
 
 
 def chosen_experts(trainer: MegatronPolicy, micro_batches: list[MicroBatch]) -> Tensor:

@@ -8,6 +8,7 @@ from megatron_vespo.parity import worker
 from megatron_vespo.parity.case import MODELS, build_case
 from megatron_vespo.parity.layouts import parse_layout
 from megatron_vespo.policy.layout_fit import packing_rules
+from megatron_vespo.policy.losses import loss_function
 from megatron_vespo.policy.packing import pack_step
 
 
@@ -17,7 +18,7 @@ def scores_and_updates(rank, world_size, port, case, policy):
         (share,) = pack_step(case.steps[0], packing_rules(case.architecture, policy))
         trainer.freeze_reference(offload=True)
         before = trainer.score(share, with_entropy=True)
-        loss = worker.vespo_loss(case, trainer.context_parallel_group)
+        loss = loss_function(case.objective, trainer.context_parallel_group)
         for _ in range(2):
             trainer.train_step(share, loss)
         return before, trainer.score(share, reference=True), trainer.score(share)
