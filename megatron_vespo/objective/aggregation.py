@@ -10,22 +10,23 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_vespo.config.objective import ObjectiveConfig
+from megatron_vespo.objective.kernels import KernelInputs
 from megatron_vespo.objective.packed import Packed, over_group
 
 
-def sequence_weights(config: ObjectiveConfig, lengths: Tensor) -> Tensor:
-    """Weight of each token of a sequence in the numerator: [s] float64. `lengths`: [s] response tokens.
+def sequence_weights(config: ObjectiveConfig, inputs: KernelInputs) -> Tensor | None:
+    """Weight of each token of a sequence in the numerator: [s] float64; None: 1.
 
     token_mean and sequence_mean_token_sum: 1. sequence_mean_token_mean: 1 / its response's length (GRPO's mean over
     each response). constant_length: 1 / `config.constant_length` (Dr. GRPO, arXiv 2503.20783).
     """
     if config.aggregation == "sequence_mean_token_mean":
-        return 1.0 / lengths.clamp(min=1)
+        return 1.0 / inputs.lengths.clamp(min=1)
     if config.aggregation == "constant_length":
         if config.constant_length is None:
             raise ValueError("aggregation: constant_length needs objective.constant_length")
-        return torch.full_like(lengths, 1.0 / config.constant_length)
-    return torch.ones_like(lengths)
+        return torch.full_like(inputs.log_weight, 1.0 / config.constant_length)
+    return None
 
 
 def local_count(mode: str, response_mask: Tensor, cu_seqlens: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
@@ -35,13 +36,10 @@ def local_count(mode: str, response_mask: Tensor, cu_seqlens: Tensor, group: dis
     """
     if mode == "token_mean":
         return torch.count_nonzero(response_mask)
-    lengths = Packed(response_mask, cu_seqlens).count()
-    return count_of(mode, lengths, over_group(lengths.clone(), group), group)
+    return sequences_with_tokens(over_group(Packed(response_mask, cu_seqlens).lengths, group), group)
 
 
-def count_of(mode: str, local_lengths: Tensor, lengths: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """`local_count` of known response tokens of each sequence, here and on all ranks of `group`: [s] each."""
-    if mode == "token_mean":
-        return local_lengths.sum().long()
+def sequences_with_tokens(lengths: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """How many of `lengths` [s] are not 0; 0 on all ranks of `group` but the first."""
     sequences = torch.count_nonzero(lengths)
     return sequences if group is None or group.rank() == 0 else torch.zeros_like(sequences)

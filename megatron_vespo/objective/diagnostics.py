@@ -126,7 +126,7 @@ def mismatch_alarm(log_weight_std: float) -> bool:
 
 
 def difference_diagnostics(sums: Mapping[str, float], prefix: str) -> dict[str, float]:
-    """Per-token means of `metrics.difference_sums`, which are in `LossMetrics.sums` too, over a step. `prefix`: "mismatch" or "drift"."""
+    """Per-token means of `metrics.measured_difference`, which are in `LossMetrics.sums` too, over a step. `prefix`: "mismatch" or "drift"."""
     tokens = max(sums["tokens"], 1)
     return {
         f"{prefix}/mean_abs": sums["abs_difference"] / tokens,
@@ -139,8 +139,7 @@ def difference_diagnostics(sums: Mapping[str, float], prefix: str) -> dict[str, 
 def token_diagnostics(sums: Mapping[str, float]) -> dict[str, float]:
     """Per-token means of the rest of `LossMetrics.sums`: entropies always; what the step did not have is left out."""
     tokens = max(sums["tokens"], 1)
-    # -log old = -log current + log ratio
-    row = {"entropy/behavior": -(sums["log_prob"] + sums["k1"]) / tokens}
+    row = {"entropy/behavior": sums["old_entropy"] / tokens}
     for name, key in (
         ("entropy/current", "entropy"),
         ("kl_reference/k1", "kl_k1"),

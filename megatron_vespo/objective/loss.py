@@ -1,5 +1,6 @@
 """The policy-gradient loss of a packed batch: kernel coefficient x advantage x log-prob, aggregated."""
 
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -8,10 +9,10 @@ from torch import Tensor
 
 from megatron_vespo.config import KLConfig, ObjectiveConfig
 from megatron_vespo.objective import importance
-from megatron_vespo.objective.aggregation import count_of, sequence_weights
+from megatron_vespo.objective.aggregation import local_count, sequence_weights
 from megatron_vespo.objective.kernels import KernelInputs, coefficients
 from megatron_vespo.objective.kl import divergence
-from megatron_vespo.objective.metrics import LossMetrics, divergence_sums_, engine_sums, size_sums
+from megatron_vespo.objective.metrics import LossMetrics, engine_sums, measured
 from megatron_vespo.objective.packed import Packed, over_group
 from megatron_vespo.objective.surrogate import Surrogate, surrogate_of
 
@@ -53,88 +54,133 @@ def policy_loss(
         NotFiniteError: a log-prob of a response token is not finite; names its sequence.
         ValueError: an input that the configuration needs is missing.
     """
-    group = context_parallel_group
-    dtype = importance.wide_enough(log_probs)
-    packed = Packed(response_mask, cu_seqlens)
-    engine = None if engine_log_weights is None else packed.responses(engine_log_weights, dtype)
-    inputs, sums = _kernel_inputs(config, log_probs, old_log_probs, advantages, packed, engine, group)
-    weights = sequence_weights(config, inputs.lengths)
-    surrogate, metrics = surrogate_of(
-        inputs, coefficients(config.kernel, inputs), engine, log_probs.detach().to(dtype), weights, group
+    evaluated = evaluate(
+        config,
+        LossInputs(
+            log_probs,
+            old_log_probs,
+            advantages,
+            Packed(response_mask, cu_seqlens),
+            denominator,
+            engine_log_weights,
+            kl_reference_log_probs,
+            entropy,
+            context_parallel_group,
+        ),
     )
-    metrics.sums |= sums
-    if engine is not None:
-        metrics.sums |= engine_sums(engine, packed)
-    if kl_reference_log_probs is not None:
-        difference = importance.log_ratio(log_probs, kl_reference_log_probs, packed)
-        metrics.sums |= {f"kl_{name}": divergence(name, difference)[0].sum().double() for name in ("k1", "k3")}
-        each = packed.zero_outside_(packed.spread(weights.to(difference.dtype)))
-        surrogate = _with_kl(surrogate, config.kl, difference, each)
-    elif config.kl.coefficient > 0 and config.kl.place == "loss":
-        raise ValueError("objective.kl.coefficient is set, and kl_reference_log_probs is missing")
+    return evaluated.loss, evaluated.metrics()
 
-    numerator = _Given.apply(log_probs.to(dtype), surrogate.value.to(dtype), surrogate.slope.to(dtype))
-    if entropy is not None:
-        kept = torch.where(response_mask, entropy.to(dtype), 0.0)
-        metrics.sums["entropy"] = kept.detach().sum().double()
-        numerator = numerator - config.entropy_coefficient * (kept * packed.spread(weights.to(dtype))).sum()
+
+@dataclass(frozen=True)
+class LossInputs:
+    """As in `policy_loss`."""
+
+    log_probs: Tensor
+    old_log_probs: Tensor
+    advantages: Tensor
+    packed: Packed
+    denominator: Tensor | int | None = None
+    engine_log_weights: Tensor | None = None
+    kl_reference_log_probs: Tensor | None = None
+    entropy: Tensor | None = None
+    context_parallel_group: dist.ProcessGroup | None = None
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """A loss, and what its metrics are made of."""
+
+    loss: Tensor
+    old_log_probs: Tensor
+    inputs: KernelInputs
+    surrogate: Surrogate
+    engine: Tensor | None
+    """[t] log-weights, 0 outside responses."""
+    kl_difference: Tensor | None
+    """[t] log(policy / reference), 0 outside responses."""
+    entropy: Tensor | None
+    """The sum over response tokens."""
+    group: dist.ProcessGroup | None
+
+    def metrics(self) -> LossMetrics:
+        """Under context parallelism all ranks of the group call this."""
+        metrics = measured(self.inputs, self.surrogate, self.old_log_probs, self.group)
+        if self.engine is not None:
+            metrics.sums |= engine_sums(self.engine, self.inputs.packed)
+        if self.kl_difference is not None:
+            for name in ("k1", "k3"):
+                metrics.sums[f"kl_{name}"] = divergence(name, self.kl_difference)[0].sum().double()
+        if self.entropy is not None:
+            metrics.sums["entropy"] = self.entropy.double()
+        return metrics
+
+
+def evaluate(config: ObjectiveConfig, batch: LossInputs) -> Evaluated:
+    """The loss alone: what a step needs to learn. Raises as `policy_loss`."""
+    packed, dtype, group = batch.packed, importance.wide_enough(batch.log_probs), batch.context_parallel_group
+    engine = None if batch.engine_log_weights is None else packed.responses(batch.engine_log_weights, dtype)
+    inputs = _kernel_inputs(config, batch, engine)
+    weights = sequence_weights(config, inputs)
+    kernel = coefficients(config.kernel, inputs)
+    surrogate = surrogate_of(inputs, kernel, engine, batch.log_probs.detach().to(dtype), weights)
+    value, slope = surrogate.value, surrogate.slope
+
+    difference = None
+    if batch.kl_reference_log_probs is not None:
+        difference = importance.log_ratio(batch.log_probs, batch.kl_reference_log_probs, packed)
+    if config.kl.coefficient > 0 and config.kl.place == "loss":
+        if difference is None:
+            raise ValueError("objective.kl.coefficient is set, and kl_reference_log_probs is missing")
+        penalty, its_slope = _penalty(config.kl, difference, packed, weights)
+        value, slope = value + penalty, slope + its_slope
+    loss = _Given.apply(batch.log_probs.to(dtype), value.to(dtype), slope.to(dtype))
+
+    entropy = None
+    if batch.entropy is not None:
+        kept = torch.where(packed.response_mask, batch.entropy.to(dtype), 0.0)
+        entropy = kept.detach().sum()
+        if config.entropy_coefficient > 0:
+            each = 1.0 if weights is None else packed.spread(weights.to(dtype))
+            loss = loss - config.entropy_coefficient * (kept * each).sum()
     elif config.entropy_coefficient > 0:
         raise ValueError("objective.entropy_coefficient is set, and entropy is missing")
+    denominator = batch.denominator
     if denominator is None:
-        denominator = count_of(config.aggregation, inputs.local_lengths, inputs.lengths, group).clamp(min=1)
-    return numerator / denominator, metrics
+        denominator = local_count(config.aggregation, packed.response_mask, packed.cu_seqlens, group).clamp(min=1)
+    return Evaluated(loss / denominator, batch.old_log_probs, inputs, surrogate, engine, difference, entropy, group)
 
 
-def _kernel_inputs(
-    config: ObjectiveConfig,
-    log_probs: Tensor,
-    old_log_probs: Tensor,
-    advantages: Tensor,
-    packed: Packed,
-    engine: Tensor | None,
-    group: dist.ProcessGroup | None,
-) -> tuple[KernelInputs, dict[str, Tensor]]:
-    """What the kernel sees, and sums over tokens of how far the policies differ. `engine`: 0 outside responses."""
-    log_ratio = importance.log_ratio(log_probs, old_log_probs, packed)
-    local_lengths = packed.count()
-    sums = {"tokens": local_lengths.sum().long()} | size_sums(log_ratio)
-    wide = log_ratio.to(torch.float64, copy=True)
-    columns = [packed.sum(wide), local_lengths]
-    sums |= divergence_sums_(wide)
-    if engine is not None:
-        columns.append(packed.sum(engine))
-    log_weight, lengths, *correction = over_group(torch.stack(columns), group)
-    importance.require_finite(log_weight, packed, log_probs=log_probs, old_log_probs=old_log_probs)
-    corrected = log_weight
-    if correction:
+def _kernel_inputs(config: ObjectiveConfig, batch: LossInputs, engine: Tensor | None) -> KernelInputs:
+    """What the kernel sees. `engine`: log-weights [t], 0 outside responses."""
+    packed, group = batch.packed, batch.context_parallel_group
+    log_ratio = importance.log_ratio(batch.log_probs, batch.old_log_probs, packed)
+    log_weight, shared_lengths = packed.sum(log_ratio), None
+    if group is not None:
+        log_weight, shared_lengths = over_group(torch.stack([log_weight, packed.lengths]), group)
+    importance.require_finite(log_weight, packed, log_probs=batch.log_probs, old_log_probs=batch.old_log_probs)
+    sequences, tokens, given = len(packed.positions), len(log_ratio), len(batch.advantages)
+    if given not in (sequences, tokens):
+        raise ValueError(f"{given} advantages for {sequences} sequences of {tokens} tokens in all")
+    if given == sequences:
+        advantages = batch.advantages.detach().double()
+    else:
+        advantages = packed.responses(batch.advantages, log_ratio.dtype)
+    inputs = KernelInputs(packed, log_ratio, log_weight, log_weight, advantages, given != sequences, shared_lengths)
+    if engine is None:
+        return inputs
+    correction = over_group(packed.sum(engine), group)
+    if config.engine_correction.level == "sequence":
         # that of a whole response stands on every token of it, and counts once
-        whole = config.engine_correction.level == "sequence"
-        corrected = log_weight + (correction[0] / lengths.clamp(min=1) if whole else correction[0])
-    sequences, tokens = len(packed.positions), len(log_probs)
-    if len(advantages) not in (sequences, tokens):
-        raise ValueError(f"{len(advantages)} advantages for {sequences} sequences of {tokens} tokens in all")
-    of_tokens = len(advantages) != sequences
-    inputs = KernelInputs(
-        packed=packed,
-        log_ratio=log_ratio,
-        log_weight=log_weight,
-        corrected_log_weight=corrected,
-        lengths=lengths,
-        local_lengths=local_lengths,
-        advantages=packed.responses(advantages, log_ratio.dtype) if of_tokens else advantages.detach().double(),
-        per_token_advantages=of_tokens,
-    )
-    return inputs, sums
+        correction = correction / inputs.lengths.clamp(min=1)
+    return replace(inputs, corrected_log_weight=log_weight + correction)
 
 
-def _with_kl(surrogate: Surrogate, config: KLConfig, difference: Tensor, each: Tensor) -> Surrogate:
-    """With the loss's penalty, if there is one. [t]: log(policy / reference), and the weight of each token,
-    0 outside responses."""
-    if config.coefficient == 0 or config.place != "loss":
-        return surrogate
+def _penalty(config: KLConfig, difference: Tensor, packed: Packed, weights: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The loss's KL term, and its derivative by log_probs [t]. `difference`: [t] log(policy / reference)."""
+    each = torch.ones_like(difference) if weights is None else packed.spread(weights.to(difference.dtype))
+    each = config.coefficient * packed.zero_outside_(each)
     estimate, derivative = divergence(config.estimator, difference)
-    each = config.coefficient * each
-    return Surrogate(surrogate.value + (estimate * each).sum(), surrogate.slope + derivative * each)
+    return (estimate * each).sum(), derivative * each
 
 
 class _Given(torch.autograd.Function):

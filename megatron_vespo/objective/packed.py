@@ -1,5 +1,7 @@
 """Sequences behind each other in tensors of tokens, and which of those tokens count."""
 
+from functools import cached_property
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -27,7 +29,8 @@ class Packed:
         """Sum of each sequence over all its positions: [t] -> [s] float64."""
         return torch.segment_reduce(values.detach().double(), "sum", lengths=self.positions.long())
 
-    def count(self) -> Tensor:
+    @cached_property
+    def lengths(self) -> Tensor:
         """Response tokens of each sequence: [s] float64, exact."""
         running = torch.cumsum(self.response_mask, 0, dtype=torch.int32)
         last = self.cu_seqlens.long() - 1

@@ -20,7 +20,7 @@ from megatron_vespo.objective.diagnostics import (
 )
 from megatron_vespo.objective.gradient_variance import gradient_variance
 from megatron_vespo.objective.kernels import largest_coefficient
-from megatron_vespo.objective.metrics import difference_sums
+from megatron_vespo.objective.metrics import measured_difference
 
 
 def step(config=None, **further):
@@ -125,7 +125,7 @@ def test_k1_and_k3_estimate_the_divergence_of_two_distributions():
     generator = torch.Generator().manual_seed(0)
     mu, pi = (torch.log_softmax(torch.randn(6, generator=generator, dtype=torch.float64), 0) for _ in range(2))
     tokens = torch.multinomial(mu.exp(), 200_000, replacement=True, generator=generator)
-    sums = difference_sums(pi[tokens], mu[tokens], torch.ones(len(tokens), dtype=torch.bool))
+    sums = measured_difference(pi[tokens], mu[tokens], torch.ones(len(tokens), dtype=torch.bool))
     row = difference_diagnostics({name: float(value) for name, value in sums.items()}, "drift")
     exact = float((mu.exp() * (mu - pi)).sum())
     assert row["drift/k1"] == pytest.approx(exact, rel=0.03)

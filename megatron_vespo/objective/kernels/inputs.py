@@ -19,7 +19,6 @@ class KernelInputs:
         log_weight: [s] log W: the sum of log_ratio.
         corrected_log_weight: [s] the same plus the engine's correction; -inf where that masks.
         lengths: [s] response tokens.
-        local_lengths: [s] those on this rank.
         advantages: [s] one for each sequence, or [t] one for each token.
         per_token_advantages: which of the two.
     """
@@ -28,10 +27,14 @@ class KernelInputs:
     log_ratio: Tensor
     log_weight: Tensor
     corrected_log_weight: Tensor
-    lengths: Tensor
-    local_lengths: Tensor
     advantages: Tensor
     per_token_advantages: bool
+    shared_lengths: Tensor | None = None
+    """`lengths`, if other ranks hold some of them."""
+
+    @property
+    def lengths(self) -> Tensor:
+        return self.packed.lengths if self.shared_lengths is None else self.shared_lengths
 
     def like_advantages(self, values: Tensor) -> Tensor:
         """Values of sequences in the shape of the advantages: [s] -> [s] or [t]."""
