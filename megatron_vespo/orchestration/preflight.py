@@ -9,10 +9,20 @@ from megatron_vespo.checkpoint.check import check_folder
 from megatron_vespo.checkpoint.hf_config import Architecture, read_architecture
 from megatron_vespo.checkpoint.shards import tensor_bytes
 from megatron_vespo.checkpoint.tables import table_of
-from megatron_vespo.config import ConfigError, DataConfig, ModelConfig, PolicyConfig, RolloutConfig, TrainConfig
+from megatron_vespo.config import (
+    AlgorithmConfig,
+    ConfigError,
+    DataConfig,
+    ModelConfig,
+    PolicyConfig,
+    RolloutConfig,
+    TrainConfig,
+)
 from megatron_vespo.data.prompts import PromptStream, held_out_prompts, question_texts
 from megatron_vespo.data.sources import numbered_sources
 from megatron_vespo.data.tokenizer import ChatTokenizer, load_tokenizer
+from megatron_vespo.objective.advantages import advantage_function
+from megatron_vespo.objective.kernels import custom_function
 from megatron_vespo.orchestration.engine import engine_settings
 from megatron_vespo.policy.layout_fit import require_fit
 from megatron_vespo.rewards.scorers import build_scorers
@@ -34,6 +44,7 @@ class Prepared:
 def prepare_training(config: TrainConfig) -> Prepared:
     """Raises ConfigError for whatever is wrong with the model's folder, the tokenizer, the tasks or the sizes."""
     architecture, checkpoint_bytes = check_model(config.model, config.policy)
+    check_functions(config.algorithm)
     tokenizer = load_tokenizer(config.model.path)
     check_engine(config.model.path, config.model.dtype, architecture, config.data, config.rollout)
     build_scorers(numbered_sources(config.data, config.evaluation.sources))
@@ -55,6 +66,14 @@ def check_engine(
             "output layer of its own: save the model with tie_word_embeddings false and lm_head.weight written out"
         )
     EngineServer(**engine_settings(model_path, model_dtype, data, rollout, seed=0, logs=Path()))
+
+
+def check_functions(algorithm: AlgorithmConfig) -> None:
+    """Raises ConfigError where a dotted path of the algorithm names no function."""
+    if algorithm.objective.kernel.name == "custom":
+        custom_function(algorithm.objective.kernel)
+    if algorithm.advantage.estimator == "custom":
+        advantage_function(algorithm.advantage)
 
 
 def check_model(model: ModelConfig, policy: PolicyConfig) -> tuple[Architecture, int]:

@@ -5,6 +5,7 @@ import torch
 
 from megatron_vespo.config import ObjectiveConfig
 from megatron_vespo.objective.engine_correction import engine_log_weights
+from megatron_vespo.objective.metrics import measured_difference
 from megatron_vespo.orchestration.mini_batches import response_bounds, training_sequences
 from megatron_vespo.orchestration.session import Session
 from megatron_vespo.policy.result import TokenScores
@@ -45,6 +46,22 @@ def correct_engine(trajectories: list[Trajectory], objective: ObjectiveConfig) -
     weights = engine_log_weights(objective.engine_correction, proximal, behavior, everything, bounds)
     for trajectory, own in zip(trajectories, weights.float().split(bounds.diff().tolist()), strict=True):
         trajectory.engine_log_weights = own.numpy()
+
+
+def engine_mismatch(trajectories: list[Trajectory]) -> tuple[dict[str, float], float]:
+    """How far proximal log-probs are from the engine's, which sampled under the same weights.
+
+    Returns:
+        `metrics.measured_difference` over all response tokens, and the standard deviation over trajectories of the sum
+        over the response of log(proximal / behavior).
+    """
+    proximal, behavior = (
+        torch.from_numpy(np.concatenate([t.log_probs_of(policy) for t in trajectories]))
+        for policy in ("proximal", "behavior")
+    )
+    sums = measured_difference(proximal, behavior, torch.ones(len(proximal), dtype=torch.bool))
+    log_weights = [float((t.log_probs_of("proximal") - t.behavior_log_probs).sum()) for t in trajectories]
+    return {name: float(value) for name, value in sums.items()}, float(np.std(log_weights))
 
 
 def _of_response(trajectory: Trajectory, scores: TokenScores) -> np.ndarray:

@@ -13,6 +13,7 @@ from megatron_vespo.objective.kernels import largest_coefficient
 from megatron_vespo.observability.console import RunConsole
 from megatron_vespo.orchestration.evaluation import evaluate
 from megatron_vespo.orchestration.mini_batches import mini_batches, packing_figures, training_sequences
+from megatron_vespo.orchestration.rescoring import engine_mismatch
 from megatron_vespo.orchestration.rollouts import collect_rollouts
 from megatron_vespo.orchestration.session import Session
 from megatron_vespo.orchestration.training_run import run_training_loop
@@ -59,8 +60,15 @@ async def train_step(session: Session, trajectories: list[Trajectory], batch: in
     sequences = {name: values.double().numpy() for name, values in report.sequences.items()}
     weights = weight_diagnostics(sequences, largest_coefficient(algorithm.objective.kernel))
     # The engine holds exactly the trainer's weights only at the first mini-batch: what differs there is the engines.
-    difference = "mismatch" if mini_batch == 0 else "drift"
-    session.tally.add_step(trained, report.sums if mini_batch == 0 else None)
+    if mini_batch > 0:
+        session.tally.add_step(trained, None)
+        differences = difference_diagnostics(report.sums, "drift")
+    else:
+        sums, spread = report.sums, weights["log_weight/std"]
+        if algorithm.old_policy == "proximal":  # W is against the trainer itself, and has nothing of the engine
+            sums, spread = engine_mismatch(trajectories)
+        session.tally.add_step(trained, sums)
+        differences = {**difference_diagnostics(sums, "mismatch"), "alarm/mismatch": mismatch_alarm(spread)}
     session.record(
         "step",
         step,
@@ -72,9 +80,8 @@ async def train_step(session: Session, trajectories: list[Trajectory], batch: in
             "grad_norm": report.gradient_norm,
             "learning_rate": report.learning_rate,
             **weights,
-            **difference_diagnostics(report.sums, difference),
+            **differences,
             **token_diagnostics(report.sums),
-            **({"alarm/mismatch": mismatch_alarm(weights["log_weight/std"])} if mini_batch == 0 else {}),
             **packing_figures(report.packing),
             "tokens/trained": trained,
             "time/train": seconds,

@@ -8,7 +8,7 @@ from test_labels_and_advantages_meet_their_tokens import trajectory
 
 from megatron_vespo.config import AdvantageConfig, AlgorithmConfig, ObjectiveConfig
 from megatron_vespo.orchestration.mini_batches import assign_advantages, mini_batches, shape_rewards, training_sequences
-from megatron_vespo.orchestration.rescoring import correct_engine
+from megatron_vespo.orchestration.rescoring import correct_engine, engine_mismatch
 from megatron_vespo.rollout.trajectory import Group
 
 RESPONSES = ([20, 21, 22], [30], [40, 41])
@@ -54,6 +54,17 @@ def test_engine_corrections_meet_their_tokens():
     untouched = scored()
     correct_engine(untouched, ObjectiveConfig())
     assert all(one.engine_log_weights is None for one in untouched)
+
+
+def test_the_engines_mismatch_is_measured_against_the_proximal_policy():
+    trajectories = scored()
+    sums, spread = engine_mismatch(trajectories)
+    differences = [[0.3 * j for j in range(len(response))] for response in RESPONSES]
+    flat = [d for row in differences for d in row]
+    assert sums["tokens"] == len(flat)
+    assert sums["abs_difference"] == pytest.approx(sum(flat), abs=1e-5)
+    assert sums["k3"] == pytest.approx(sum(math.exp(d) - 1 - d for d in flat), abs=1e-5)
+    assert spread == pytest.approx(np.std([sum(row) for row in differences]), abs=1e-5)
 
 
 @pytest.mark.parametrize("old_policy", ["behavior", "proximal"])

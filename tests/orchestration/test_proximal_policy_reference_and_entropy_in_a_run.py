@@ -31,6 +31,12 @@ def test_weights_against_the_proximal_policy_start_at_one_in_each_rollout_batch(
         assert fourth["log_weight/std"] > 1e-3
 
 
+def test_the_mismatch_is_the_engines_though_weights_are_against_the_trainer(steps):
+    assert 1e-8 < steps[0]["mismatch/mean_abs"] < 1e-5
+    assert "mismatch/mean_abs" not in steps[1] and steps[1]["drift/mean_abs"] > 1e-5
+    assert steps[0]["alarm/mismatch"] is False
+
+
 def test_the_reference_is_where_the_run_started(steps):
     assert abs(steps[0]["kl_reference/k3"]) < 1e-9
     assert steps[-1]["kl_reference/k3"] > 1e-7
