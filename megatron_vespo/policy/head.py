@@ -11,6 +11,7 @@ from torch import Tensor
 # With 1,024 tokens a block of float32 logits has 16 MB: it stays in a CPU's last cache level or an H100's L2, and below
 # the size (32 MB) from which glibc maps, and zeroes, fresh pages for every tensor.
 BLOCK_ROWS = 4096
+ROUND_SIZE = 256
 
 
 def token_scores(
@@ -181,10 +182,18 @@ def _scaled_logits(hidden: Tensor, rows: Tensor, temperature: float) -> Tensor:
 def _product(left: Tensor, right: Tensor) -> Tensor:
     """left @ right, of matrices.
 
-    For float32 on a CPU torch's matmul takes MKL, which does without AVX-512 on AMD's processors; oneDNN, that comes
-    with torch too, is twice as fast there. Torch's compiler calls it by this operator; its eager mode has no other way.
+    For float32 on a CPU torch's matmul takes MKL, which does without AVX-512 on AMD's processors. oneDNN, which comes
+    with torch too, is twice as fast there; torch's compiler calls it by this operator, and eager code has no other way.
+    It compiles code for each shape and keeps it (about 0.5 MB), so it gets round sizes only: whole chunks and blocks,
+    and not what is left of them, which differs from call to call.
     """
-    if left.device.type == "cpu" and left.dtype == torch.float32 and torch.backends.mkldnn.is_available():
+    round_sizes = all(size % ROUND_SIZE == 0 for size in (*left.shape, right.shape[1]))
+    if (
+        round_sizes
+        and left.device.type == "cpu"
+        and left.dtype == torch.float32
+        and torch.backends.mkldnn.is_available()
+    ):
         return torch.ops.mkldnn._linear_pointwise(left, right.T, None, "none", [], "")
     return left @ right
 

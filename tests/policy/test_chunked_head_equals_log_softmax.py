@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_vespo.policy.head import BLOCK_ROWS, token_scores
+from megatron_vespo.policy.head import BLOCK_ROWS, ROUND_SIZE, token_scores
 
 TOKENS, HIDDEN, VOCABULARY = 29, 16, 2 * BLOCK_ROWS + 809
 
@@ -21,6 +21,14 @@ def test_value_and_gradient(chunk_tokens, temperature, with_entropy):
     found = head_examples.chunked(call, chunk_tokens, with_entropy)
     assert (found.entropy is not None) == with_entropy
     head_examples.assert_close(found, head_examples.exact(call, with_entropy), with_entropy)
+
+
+def test_whole_blocks_of_round_sizes():
+    """They take another matrix product than odd sizes on a CPU; here are both, for tokens and for rows."""
+    call = head_examples.inputs(ROUND_SIZE + 44, ROUND_SIZE, BLOCK_ROWS + 99, temperature=0.6)
+    call.weight *= ROUND_SIZE**-0.5
+    found = head_examples.chunked(call, ROUND_SIZE)
+    head_examples.assert_close(found, head_examples.exact(call))
 
 
 @pytest.mark.parametrize("used", ["log_probs", "entropy"])
