@@ -164,7 +164,7 @@ def main() -> None:
         "cores": len(os.sched_getaffinity(0)),
         "threads": torch.get_num_threads(),
         "load_before": os.getloadavg()[0],
-        "device": torch.cuda.get_device_name() if options.device == "cuda" else "CPU",
+        **({"gpu": torch.cuda.get_device_name()} if options.device == "cuda" else {}),
         "versions": {"torch": importlib.metadata.version("torch")},
         **asdict(setup),
         "tokens": options.tokens,

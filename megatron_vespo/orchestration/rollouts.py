@@ -38,7 +38,7 @@ async def collect_rollouts(session: Session, batch: int, weight_version: int) ->
             "batch": batch,
             "weight_version": weight_version,
             **figures,
-            "reward/groups_left_out": left_out,
+            "advantage/groups_left_out": left_out,
             "prompt/dropped_overlong": session.prompts.dropped_overlong,
             "prompt/skipped_held_out": session.prompts.skipped_excluded,
             "time/generate": seconds,

@@ -22,7 +22,6 @@ from megatron_vespo.policy.experts import GroupedExperts
 from megatron_vespo.policy.head import token_scores
 from megatron_vespo.policy.layout_fit import padded_vocabulary, require_fit
 from megatron_vespo.policy.norm import PackedRMSNorm
-from megatron_vespo.policy.rms_norm import RMSNormOnCPU
 from megatron_vespo.policy.transformer_config import transformer_config
 
 
@@ -124,22 +123,21 @@ def build_model(
 
 
 def layer_spec(config: TransformerConfig, device: Device, vp_stage: int | None = None) -> TransformerBlockSubmodules:
-    """Transformer Engine's layers where they can be had, else Megatron's own with packed attention and other norms.
+    """Transformer Engine's layers where they can be had, else Megatron's own with packed attention and torch's norm.
 
-    On a CPU the norms and the experts are our own: Megatron's take twice as long there.
+    On a CPU the experts are our own: Megatron's take twice as long there.
     """
     if device.transformer_engine:
         return get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=vp_stage)
     block = get_gpt_decoder_block_spec(config, use_transformer_engine=False, normalization="RMSNorm", vp_stage=vp_stage)
-    norm = PackedRMSNorm if device.is_cuda else RMSNormOnCPU
     for layer in block.layer_specs or []:
         parts: Any = layer.submodules
         attention = parts.self_attention.submodules
         attention.core_attention = PackedAttention
         if config.qk_layernorm:
-            attention.q_layernorm = attention.k_layernorm = norm
-        parts.input_layernorm = parts.pre_mlp_layernorm = norm
+            attention.q_layernorm = attention.k_layernorm = PackedRMSNorm
+        parts.input_layernorm = parts.pre_mlp_layernorm = PackedRMSNorm
         if not device.is_cuda and hasattr(parts.mlp.submodules, "experts"):
             parts.mlp.submodules.experts.module = GroupedExperts
-    block.layer_norm = norm  # type: ignore[assignment]
+    block.layer_norm = PackedRMSNorm  # type: ignore[assignment]
     return block

@@ -31,5 +31,5 @@ sequences = [
     TrainingSequence(np.array(t), np.ones(len(t) - 1, bool), np.zeros(len(t) - 1, np.float32), 1.0, key)
     for key, t in enumerate(json.load(sys.stdin))
 ]
-(log_probs,) = policy.log_probs([pack(sequences)])
-print(json.dumps(log_probs.view(len(sequences), -1).tolist()))
+scores = policy.score([pack(sequences)])
+print(json.dumps([scores[key].log_probs.tolist() for key in range(len(sequences))]))
