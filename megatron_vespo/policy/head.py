@@ -40,7 +40,7 @@ def token_scores(
             layer. Rows from `vocab_size` on are padding: never read, and their gradient is zero.
         labels: [t] int64, token ids of the whole vocabulary. One that is no real row has log-prob -inf.
         temperature: of sampling, > 0; both results are of the distribution at this temperature.
-        chunk_tokens: > 0. More is faster on a GPU; the results differ only by rounding.
+        chunk_tokens: > 0. The results for other values differ only by rounding.
         vocab_size: real rows, of all ranks together.
         group: the tensor-parallel ranks, or None where `weight` is the whole output layer.
         with_entropy: the gradients of both results may come back together, or of either alone.
@@ -182,10 +182,10 @@ def _scaled_logits(hidden: Tensor, rows: Tensor, temperature: float) -> Tensor:
 def _product(left: Tensor, right: Tensor) -> Tensor:
     """left @ right, of matrices.
 
-    For float32 on a CPU torch's matmul takes MKL, which does without AVX-512 on AMD's processors. oneDNN, which comes
-    with torch too, is twice as fast there; torch's compiler calls it by this operator, and eager code has no other way.
-    It compiles code for each shape and keeps it (about 0.5 MB), so it gets round sizes only: whole chunks and blocks,
-    and not what is left of them, which differs from call to call.
+    For float32 on a CPU torch's matmul takes MKL, which on an AMD EPYC runs at half the speed of oneDNN, that comes
+    with torch too. torch's compiler calls oneDNN by this operator; the public way, tensors in oneDNN's own layout,
+    loses the gain in conversions. oneDNN keeps compiled code for each shape (about 0.5 MB), so it gets round sizes only:
+    whole chunks and blocks, and not what is left of them, which differs from call to call.
     """
     round_sizes = all(size % ROUND_SIZE == 0 for size in (*left.shape, right.shape[1]))
     if (
