@@ -1,5 +1,6 @@
 """Typed settings. Importing this loads neither torch nor ray."""
 
+from megatron_vespo.config.ablation import AblationConfig, PlannedRun, plan_runs
 from megatron_vespo.config.algorithm import AdvantageConfig, AlgorithmConfig, OverlongShaping
 from megatron_vespo.config.data import (
     CustomSource,
@@ -28,6 +29,7 @@ from megatron_vespo.config.section import Section
 from megatron_vespo.errors import ConfigError
 
 __all__ = [
+    "AblationConfig",
     "AdvantageConfig",
     "AlgorithmConfig",
     "ConfigError",
@@ -49,6 +51,7 @@ __all__ = [
     "ObservabilityConfig",
     "OptimizerConfig",
     "OverlongShaping",
+    "PlannedRun",
     "PolicyConfig",
     "ReasoningGymSource",
     "RecomputeConfig",
@@ -63,4 +66,5 @@ __all__ = [
     "TrainConfig",
     "WeightSyncConfig",
     "load_config",
+    "plan_runs",
 ]

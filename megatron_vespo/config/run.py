@@ -21,8 +21,8 @@ class EvaluationConfig(Section):
     samples_per_prompt: PositiveInt = 1
     """k of avg@k and pass@k."""
     sampling: SamplingConfig = SamplingConfig()
-    every_batches: int = Field(default=0, ge=0)
-    """Also evaluate after each so many rollout batches; 0: only before and after."""
+    every_steps: int = Field(default=0, ge=0)
+    """Also evaluate after each so many optimizer steps, within a rollout batch too; 0: only before and after."""
     seed: int = 1_000_003
     """Of the held-out prompts; training prompts are drawn from the run's seed."""
     exclude: tuple[ExcludedPrompts, ...] = ()

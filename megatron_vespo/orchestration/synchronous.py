@@ -12,6 +12,7 @@ from megatron_vespo.objective.diagnostics import (
 from megatron_vespo.objective.kernels import largest_coefficient
 from megatron_vespo.observability.console import RunConsole
 from megatron_vespo.orchestration.evaluation import evaluate
+from megatron_vespo.orchestration.gradient_noise import gradient_noise, measure_parts
 from megatron_vespo.orchestration.mini_batches import mini_batches, packing_figures, training_sequences
 from megatron_vespo.orchestration.rescoring import engine_mismatch
 from megatron_vespo.orchestration.rollouts import collect_rollouts
@@ -26,20 +27,19 @@ def run_training(config: TrainConfig, console: RunConsole) -> str:
 
 
 async def train(session: Session) -> None:
-    algorithm = session.config.algorithm
-    await sync_weights(session, step=0)
-    await evaluate(session, "before", step=0)
+    algorithm, step = session.config.algorithm, 0
+    await evaluate_policy(session, "before", step)
 
     for batch in range(algorithm.steps // algorithm.staleness):
-        step = batch * algorithm.staleness
+        await sync_weights(session, step)
         groups = await collect_rollouts(session, batch, weight_version=step)
         for mini_batch, trajectories in enumerate(mini_batches(groups, algorithm.prompts_per_step)):
             await train_step(session, trajectories, batch, mini_batch)
-        await sync_weights(session, step + algorithm.staleness)
-        if session.evaluation_due(batch):
-            await evaluate(session, "during", step + algorithm.staleness)
+            step += 1
+            if session.evaluation_due(step):
+                await evaluate_policy(session, "during", step)
 
-    await evaluate(session, "after", algorithm.steps)
+    await evaluate_policy(session, "after", step)
     await session.export_checkpoint()
 
 
@@ -48,6 +48,8 @@ async def train_step(session: Session, trajectories: list[Trajectory], batch: in
     algorithm = session.config.algorithm
     session.console.phase("training")
     session.console.progress(mini_batch, algorithm.staleness, "steps", f"batch {batch + 1}")
+    step = batch * algorithm.staleness + mini_batch + 1
+    parts = await measure_parts(session, trajectories, step)
     started = time.monotonic()
     report = await session.policy.train_step(
         training_sequences(trajectories, algorithm.old_policy), algorithm.objective
@@ -55,7 +57,6 @@ async def train_step(session: Session, trajectories: list[Trajectory], batch: in
     assert report.packing is not None
     seconds = time.monotonic() - started
 
-    step = batch * algorithm.staleness + mini_batch + 1
     trained = sum(len(t.prompt.token_ids) + len(t.response_ids) - 1 for t in trajectories)
     sequences = {name: values.double().numpy() for name, values in report.sequences.items()}
     weights = weight_diagnostics(sequences, largest_coefficient(algorithm.objective.kernel))
@@ -69,6 +70,10 @@ async def train_step(session: Session, trajectories: list[Trajectory], batch: in
             sums, spread = engine_mismatch(trajectories)
         session.tally.add_step(trained, sums)
         differences = {**difference_diagnostics(sums, "mismatch"), "alarm/mismatch": mismatch_alarm(spread)}
+        if differences["alarm/mismatch"]:
+            session.console.event(
+                f"ALARM: engine and trainer disagree: std(log W) is {spread:.2f} at equal weights (docs/metrics.md)"
+            )
     session.record(
         "step",
         step,
@@ -82,6 +87,7 @@ async def train_step(session: Session, trajectories: list[Trajectory], batch: in
             **weights,
             **differences,
             **token_diagnostics(report.sums),
+            **gradient_noise(parts, report),
             **packing_figures(report.packing),
             "tokens/trained": trained,
             "time/train": seconds,
@@ -95,8 +101,16 @@ async def train_step(session: Session, trajectories: list[Trajectory], batch: in
     )
 
 
+async def evaluate_policy(session: Session, when: str, step: int) -> None:
+    """With the weights after `step` optimizer steps. What the engine sampled before is not touched by that."""
+    await sync_weights(session, step)
+    await evaluate(session, when, step)
+
+
 async def sync_weights(session: Session, step: int) -> None:
-    """Bring the weights after `step` optimizer steps to the engine, as weight version `step`."""
+    """Bring the weights after `step` optimizer steps to the engine, as weight version `step`, unless it has them."""
+    if session.weights.weight_version == step:
+        return
     session.console.phase("syncing weights")
     report = await session.weights.sync(weight_version=step)
     session.record(

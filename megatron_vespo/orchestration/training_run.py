@@ -1,19 +1,24 @@
 """A training run from the checks to the report, around whatever loop trains."""
 
+import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_vespo.config import TrainConfig
 from megatron_vespo.observability.console import RunConsole
 from megatron_vespo.observability.open_metrics import open_metrics
 from megatron_vespo.observability.report import write_report
+from megatron_vespo.observability.sinks import Metrics
 from megatron_vespo.observability.summary import write_summary
 from megatron_vespo.orchestration.interruption import run_interruptible
-from megatron_vespo.orchestration.preflight import prepare_training
+from megatron_vespo.orchestration.parts import Parts
+from megatron_vespo.orchestration.preflight import Prepared, prepare_training
 from megatron_vespo.orchestration.run_folder import create_run_folder
 from megatron_vespo.orchestration.runtime import Runtime
-from megatron_vespo.orchestration.session import Session, start_session
+from megatron_vespo.orchestration.session import Session
 
 Loop = Callable[[Session], Awaitable[None]]
 
@@ -31,32 +36,59 @@ def run_training_loop(config: TrainConfig, console: RunConsole, loop: Loop) -> s
     started = time.monotonic()
     prepared = prepare_training(config)
     folder = create_run_folder(config, config.run_dir, config.overwrite, prepared.checkpoint_bytes)
-    sessions: list[Session] = []
 
     async def main() -> None:
         console.phase("starting Ray")
         async with Runtime(config.policy.ranks + 1, folder) as runtime:
-            session = await start_session(runtime, config, prepared, folder, metrics, console)
-            sessions.append(session)
-            await loop(session)
+            await run_once(Parts(runtime), config, prepared, record, console, loop)
             console.phase("stopping")
 
+    with recorded(config, folder, console, started) as record:
+        run_interruptible(main)
+    return _what_next(folder)
+
+
+@dataclass
+class Record:
+    """Where a run writes, and what its summary is made of once it has started."""
+
+    metrics: Metrics
+    session: Session | None = None
+
+
+@contextmanager
+def recorded(config: TrainConfig, folder: Path, console: RunConsole, started: float) -> Iterator[Record]:
+    """Around a run in `folder`: metrics are open, and however it ends, summary.json and report.html are written.
+
+    `started`: time.monotonic() when the run began.
+    """
+
     def write_outputs(status: str) -> Path:
-        if sessions:
-            write_summary(folder, summary(sessions[0], status, time.monotonic() - started))
+        if record.session is not None:
+            write_summary(folder, summary(record.session, status, time.monotonic() - started))
         return write_report(folder)
 
     with open_metrics(folder, config.observability.tensorboard) as metrics:
+        record = Record(metrics)
         try:
-            run_interruptible(main)
-        except Exception as error:
+            yield record
+        except (Exception, asyncio.CancelledError) as error:
+            cause = str(error) or "stopped"
             try:
-                console.event(f"what there is of the run: {write_outputs(f'failed: {error}')}")
+                console.event(f"what there is of the run: {write_outputs(f'failed: {cause}')}")
             except Exception as second:
                 # The run's own failure is the one to be told last.
                 console.event(f"the report could not be written: {second}")
             raise
-    return _what_next(folder, write_outputs("finished"))
+    write_outputs("finished")
+
+
+async def run_once(
+    parts: Parts, config: TrainConfig, prepared: Prepared, record: Record, console: RunConsole, loop: Loop
+) -> None:
+    console.phase("starting engine, trainer and graders")
+    record.session = await parts.session(config, prepared, record.metrics, console)
+    await loop(record.session)
 
 
 def summary(session: Session, status: str, wall_seconds: float) -> dict:
@@ -76,9 +108,10 @@ def summary(session: Session, status: str, wall_seconds: float) -> dict:
     }
 
 
-def _what_next(folder: Path, report: Path) -> str:
+def _what_next(folder: Path) -> str:
     return (
-        f"\nreport       {report}\nsummary      {folder / 'summary.json'}\ncheckpoint   {folder / 'checkpoint'}\n"
+        f"\nreport       {folder / 'report.html'}\nsummary      {folder / 'summary.json'}\n"
+        f"checkpoint   {folder / 'checkpoint'}\n"
         f"metrics      {folder / 'metrics.jsonl'}, explained in docs/metrics.md\n\n"
         f"Next: open the report in a browser; evaluate the checkpoint on tasks of your choice with\n"
         f"  megatron-vespo eval {folder / 'checkpoint'} examples/tiny_base.eval.yaml\n"

@@ -95,9 +95,7 @@ class MegatronPolicy:
             for chunk in self.model:
                 chunk.start_param_sync(force_sync=True)
 
-    def train_step(
-        self, micro_batches: list[MicroBatch], loss: LossFunction, *, with_entropy: bool = False
-    ) -> StepResult:
+    def train_step(self, micro_batches: list[MicroBatch], loss: LossFunction, with_entropy: bool = False) -> StepResult:
         """Forward, backward and one optimizer step. Every rank needs the same number of micro-batches, at least one.
 
         `with_entropy`: the loss gets the entropy of every distribution too, with its gradient.
@@ -108,23 +106,15 @@ class MegatronPolicy:
             ValueError: the ranks' numbers of micro-batches differ, or a loss without gradient.
             RuntimeError: a gradient is not finite (from Megatron); the weights are unchanged.
         """
-        require_equal_counts(len(micro_batches), self.device.torch_device)
         learning_rate = self.optimizer.param_groups[0]["lr"]
         started = time.perf_counter()
-        for chunk in self.model:
-            if not chunk.training:  # it walks through all modules
-                chunk.train()
-            chunk.zero_grad_buffer()
-        self.optimizer.zero_grad()
-        with self._entropy(with_entropy):
-            outputs = forward_and_backward(self.model, micro_batches, loss, self.device.torch_device)
+        told = self._backward(micro_batches, loss, with_entropy)
         forward_backward_done = time.perf_counter()
         succeeded, gradient_norm, _ = self.optimizer.step()  # type: ignore[misc]
         if not succeeded:
             raise RuntimeError("Megatron's optimizer refused this step: gradients are not finite")
         self.scheduler.step(1)
         optimizer_done = time.perf_counter()
-        told = outputs if parallel.holds_scores() else []
         numerator, denominator = self._global_sums(told)
         sums, sequences, keys = reduce_metrics([self._own_part(output) for output in told])
         return StepResult(
@@ -138,6 +128,22 @@ class MegatronPolicy:
             sequences=sequences,
             keys=keys,
         )
+
+    def gradient_norm(
+        self, micro_batches: list[MicroBatch], loss: LossFunction, with_entropy: bool = False
+    ) -> tuple[float, int]:
+        """As `train_step`, but nothing is learned.
+
+        Returns:
+            Global norm of the gradient, and the denominator of the loss: the same on every rank.
+
+        Raises:
+            ValueError, RuntimeError: as `train_step`.
+        """
+        told = self._backward(micro_batches, loss, with_entropy)
+        if self.optimizer.prepare_grads():
+            raise RuntimeError("gradients are not finite")
+        return float(self.optimizer.get_grad_norm()), int(self._global_sums(told)[1])
 
     def score(
         self, micro_batches: list[MicroBatch], *, with_entropy: bool = False, reference: bool = False
@@ -167,6 +173,18 @@ class MegatronPolicy:
         """Leave the other ranks. The object is of no use afterwards."""
         _release(self.model)
         parallel.leave()
+
+    def _backward(self, micro_batches: list[MicroBatch], loss: LossFunction, with_entropy: bool) -> list[LossOutput]:
+        """The step's gradient, reduced over ranks. Returns what the losses told, on ranks that hold scores."""
+        require_equal_counts(len(micro_batches), self.device.torch_device)
+        for chunk in self.model:
+            if not chunk.training:  # it walks through all modules
+                chunk.train()
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        with self._entropy(with_entropy):
+            outputs = forward_and_backward(self.model, micro_batches, loss, self.device.torch_device)
+        return outputs if parallel.holds_scores() else []
 
     def _weights(self, reference: bool) -> contextlib.AbstractContextManager[None]:
         if not reference:

@@ -84,7 +84,7 @@ def step_row(batch: int, age: int) -> dict:
         "ess": 1.0 - 0.2 * age,
         **{f"{'mismatch' if age == 0 else 'drift'}/{name}": value for name, value in difference.items()},
         **({"alarm/mismatch": False} if age == 0 else {}),
-        "entropy/behavior": 0.5,
+        "entropy/old_policy": 0.5,
         "entropy/current": 0.5,
         "kl_reference/k1": 0.01,
         "kl_reference/k3": 0.01,
