@@ -87,6 +87,30 @@ def evaluate(
 
 
 @app.command()
+def ablate(
+    grid: Annotated[Path, typer.Argument(help="YAML with variants, values and seeds.", metavar="GRID")],
+    output: Annotated[Path, typer.Option("--out", help="Folder of the runs and of their comparison.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Settings of every run, as key.path=value.", metavar="[KEY=VALUE]...")
+    ] = None,
+    seeds: Annotated[list[int] | None, typer.Option("--seed", help="Instead of the grid's seeds; repeatable.")] = None,
+    minutes: Annotated[float | None, typer.Option(help="Start no further run after so many minutes.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the runs and stop.")] = False,
+) -> None:
+    """Many runs of one configuration, compared on one page; goes on where it was stopped."""
+    from megatron_vespo.config import AblationConfig, load_config, plan_runs
+
+    settings = load_config(AblationConfig, grid, settings={"seeds": seeds} if seeds else None)
+    planned = plan_runs(settings, grid, output, overrides)
+    if dry_run:
+        print("\n".join(run.config.run_dir for run in planned))
+        return
+    from megatron_vespo.orchestration.ablation import run_ablation
+
+    print(run_ablation(settings.title, planned, output, minutes))
+
+
+@app.command()
 def report(run: Annotated[Path, typer.Argument(help="Folder of a run.", metavar="RUN")]) -> None:
     """Write report.html again from a run's files."""
     from megatron_vespo.observability.report import write_report

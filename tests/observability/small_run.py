@@ -81,6 +81,8 @@ def step_row(batch: int, age: int) -> dict:
         "variance/kernel": 0.9,
         "variance/importance": 1.1,
         "variance/bound": 1.5,
+        "gradient/variance": 0.02,
+        "gradient/noise_share": 0.4,
         "ess": 1.0 - 0.2 * age,
         **{f"{'mismatch' if age == 0 else 'drift'}/{name}": value for name, value in difference.items()},
         **({"alarm/mismatch": False} if age == 0 else {}),
