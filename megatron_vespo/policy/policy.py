@@ -3,6 +3,7 @@
 import contextlib
 import socket
 import time
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -23,6 +24,7 @@ from megatron_vespo.policy.model import PolicyModel, build_model
 from megatron_vespo.policy.optimizer import build_optimizer, build_scheduler
 from megatron_vespo.policy.packing import FILLER_KEY
 from megatron_vespo.policy.result import StepResult, TokenScores, reduce_metrics
+from megatron_vespo.policy.saved_state import Saving, begin_save, load_saved
 from megatron_vespo.policy.schedule import (
     LossFunction,
     LossOutput,
@@ -69,6 +71,7 @@ class MegatronPolicy:
         self.data_parallel_rank = parallel.data_parallel_rank()
         self.context_parallel_group = parallel.context_parallel_group()
         self._settings = policy
+        self._rank = rank
         self._frozen: FrozenWeights | None = None
         self._bare = build_model(architecture, model, policy, self.device, temperature)
         if model.initialization == "random":
@@ -168,6 +171,19 @@ class MegatronPolicy:
             scores |= _by_key(micro_batch, log_probs, entropy)
         first = self.context_parallel_group is None or self.context_parallel_group.rank() == 0
         return scores if parallel.holds_scores() and first else {}
+
+    def begin_save(self, folder: Path) -> Saving:
+        """Begin to write the training state of now into `folder`, which exists; training may go on meanwhile.
+
+        What is returned tells when this rank's files are written; `finish` it on all ranks together.
+        """
+        self.settle_parameters()
+        return begin_save(self.model, self.optimizer, folder, self._rank)
+
+    def load_saved(self, folder: Path, step: int) -> None:
+        """The state that was saved after `step` steps, in whatever layout, in place of a freshly built policy's."""
+        load_saved(self.model, self.optimizer, folder, self._rank, step)
+        self.scheduler.step(step)
 
     def close(self) -> None:
         """Leave the other ranks. The object is of no use afterwards."""
