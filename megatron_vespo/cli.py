@@ -26,7 +26,20 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved conf
 
 
 @app.command()
-def train(config: ConfigFile, overrides: Overrides = None, dry_run: DryRun = False) -> None:
+def train(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    dry_run: DryRun = False,
+    resume: Annotated[
+        str,
+        typer.Option(
+            help="Go on with the run in run_dir: never, auto (its newest checkpoint), or a checkpoint's folder."
+        ),
+    ] = "never",
+    allow_changes: Annotated[
+        bool, typer.Option("--allow-changes", help="Resume with settings that change what the run computes.")
+    ] = False,
+) -> None:
     """Reinforcement learning, from a checkpoint to a report."""
     from megatron_vespo.config import TrainConfig, load_config
     from megatron_vespo.config.describe import describe_run
@@ -40,9 +53,9 @@ def train(config: ConfigFile, overrides: Overrides = None, dry_run: DryRun = Fal
     name, algorithm = Path(settings.run_dir).name, settings.algorithm
     with RunConsole(name, algorithm.steps, algorithm.staleness, settings.observability.console) as console:
         console.phase(LOADING)
-        from megatron_vespo.orchestration.synchronous import run_training
+        from megatron_vespo.orchestration.synchronous import Resume, run_training
 
-        what_next = run_training(settings, console)
+        what_next = run_training(settings, console, Resume(resume, allow_changes))
     print(what_next)
 
 

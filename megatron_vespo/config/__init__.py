@@ -2,6 +2,7 @@
 
 from megatron_vespo.config.ablation import AblationConfig, PlannedRun, plan_runs
 from megatron_vespo.config.algorithm import AdvantageConfig, AlgorithmConfig, OverlongShaping
+from megatron_vespo.config.checkpoint import CheckpointConfig
 from megatron_vespo.config.data import (
     CustomSource,
     DataConfig,
@@ -32,6 +33,7 @@ __all__ = [
     "AblationConfig",
     "AdvantageConfig",
     "AlgorithmConfig",
+    "CheckpointConfig",
     "ConfigError",
     "CustomSource",
     "DataConfig",

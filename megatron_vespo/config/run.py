@@ -6,6 +6,7 @@ from typing import Literal
 from pydantic import Field, PositiveFloat, PositiveInt
 
 from megatron_vespo.config.algorithm import AlgorithmConfig
+from megatron_vespo.config.checkpoint import CheckpointConfig
 from megatron_vespo.config.data import DataConfig, ExcludedPrompts, RewardConfig, Source
 from megatron_vespo.config.model import ModelConfig, OptimizerConfig
 from megatron_vespo.config.policy import PolicyConfig
@@ -62,6 +63,7 @@ class TrainConfig(Section):
     policy: PolicyConfig = PolicyConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     weight_sync: WeightSyncConfig = WeightSyncConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     observability: ObservabilityConfig = ObservabilityConfig()
 

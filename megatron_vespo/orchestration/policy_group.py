@@ -81,10 +81,13 @@ class PolicyGroup:
         by_key = {key: scores for part in parts for key, scores in part.items()}
         return [by_key[sequence.key] for sequence in sequences]
 
-    async def on_all(self, what: str, call: Callable[[Any, int], ObjectRef]) -> list:
-        """`call(actor, rank)` on every rank; all answers in their order, within `policy.step_timeout_seconds`."""
+    async def on_all(self, what: str, call: Callable[[Any, int], ObjectRef], seconds: float | None = None) -> list:
+        """`call(actor, rank)` on every rank; all answers in their order.
+
+        `seconds`: the deadline; None: `policy.step_timeout_seconds`.
+        """
         calls = [from_part(f"{PART} rank {rank}", call(actor, rank)) for rank, actor in enumerate(self.ranks)]
-        return await self._supervisor.wait(what, all_of(*calls), self._timeout_seconds)
+        return await self._supervisor.wait(what, all_of(*calls), seconds or self._timeout_seconds)
 
     async def on_first(self, what: str, call: Callable[[Any], ObjectRef]) -> Any:
         """`call(actor)` on rank 0 alone."""

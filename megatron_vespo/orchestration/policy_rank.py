@@ -76,6 +76,21 @@ class PolicyRank:
         """One optimizer step; `objective` None is supervised training."""
         return self._policy.train_step(micro_batches, *self._loss(objective))
 
+    def begin_save(self, folder: str) -> None:
+        """Copy the training state; a thread writes it into `folder` from now on."""
+        self._saving = self._policy.begin_save(Path(folder))
+
+    def saved(self) -> bool:
+        """Whether this rank has written its part."""
+        return self._saving.done()
+
+    def finish_save(self) -> None:
+        """Wait until it has, and let all ranks together write what belongs to the whole."""
+        self._saving.finish()
+
+    def load_saved(self, folder: str, step: int) -> None:
+        self._policy.load_saved(Path(folder), step)
+
     def gradient_norm(self, micro_batches: list[MicroBatch], objective: ObjectiveConfig) -> tuple[float, int]:
         """Of a step that is not taken, and the denominator of its loss."""
         return self._policy.gradient_norm(micro_batches, *self._loss(objective))

@@ -1,5 +1,6 @@
 """Everything of one training run that lives: handed to the loop, summed up at the end."""
 
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from megatron_vespo.observability.sinks import Metrics
 from megatron_vespo.orchestration.policy_group import PolicyGroup
 from megatron_vespo.orchestration.sampler import Sampler
 from megatron_vespo.orchestration.weight_updater import WeightUpdater
-from megatron_vespo.rollout.trajectory import Prompt
+from megatron_vespo.rollout.trajectory import Prompt, Trajectory
 
 
 @dataclass
@@ -39,6 +40,16 @@ class Tally:
 
 
 @dataclass
+class Progress:
+    """Where the run is."""
+
+    step: int = 0
+    """Optimizer steps done."""
+    mini_batches: list[list[Trajectory]] = field(default_factory=list)
+    """Of the current rollout batch, those that are not yet trained on."""
+
+
+@dataclass
 class Session:
     config: TrainConfig
     sampler: Sampler
@@ -49,14 +60,22 @@ class Session:
     metrics: Metrics
     console: RunConsole
     tally: Tally = field(default_factory=Tally)
+    progress: Progress = field(default_factory=Progress)
+    started: float = field(default_factory=time.monotonic)
+    elapsed_before: float = 0.0
+    """Seconds of the parts of this run before it was resumed."""
+
+    @property
+    def elapsed_seconds(self) -> float:
+        return self.elapsed_before + time.monotonic() - self.started
 
     def record(self, kind: str, step: int, values: dict) -> None:
         """Write a row of metrics and show it."""
         self.console.update(self.metrics.write(kind, step, values))
 
-    def evaluation_due(self, step: int) -> bool:
-        """After optimizer step `step`; the one after the last is the evaluation "after"."""
-        every = self.config.evaluation.every_steps
+    def evaluation_due(self) -> bool:
+        """After this optimizer step; the one after the last is the evaluation "after"."""
+        every, step = self.config.evaluation.every_steps, self.progress.step
         return every > 0 and step % every == 0 and step < self.config.algorithm.steps
 
     @property
@@ -70,5 +89,5 @@ class Session:
     async def export_checkpoint(self) -> None:
         self.console.phase("exporting the checkpoint")
         await self.policy.on_all(
-            "export the checkpoint", lambda actor, _: actor.export.remote(str(self.checkpoint_folder), overwrite=False)
+            "export the checkpoint", lambda actor, _: actor.export.remote(str(self.checkpoint_folder), overwrite=True)
         )

@@ -13,9 +13,11 @@ from megatron_vespo.observability.open_metrics import open_metrics
 from megatron_vespo.observability.report import write_report
 from megatron_vespo.observability.sinks import Metrics
 from megatron_vespo.observability.summary import write_summary
+from megatron_vespo.orchestration.checkpoints import step_of
 from megatron_vespo.orchestration.interruption import run_interruptible
 from megatron_vespo.orchestration.parts import Parts
 from megatron_vespo.orchestration.preflight import Prepared, prepare_training
+from megatron_vespo.orchestration.resume import continue_run_folder, find_checkpoint, restore
 from megatron_vespo.orchestration.run_folder import create_run_folder
 from megatron_vespo.orchestration.runtime import Runtime
 from megatron_vespo.orchestration.session import Session
@@ -23,7 +25,17 @@ from megatron_vespo.orchestration.session import Session
 Loop = Callable[[Session], Awaitable[None]]
 
 
-def run_training_loop(config: TrainConfig, console: RunConsole, loop: Loop) -> str:
+@dataclass(frozen=True)
+class Resume:
+    """What the command line says about going on with a run."""
+
+    point: str = "never"
+    """`never`, `auto` (the newest complete checkpoint, or from the start) or a checkpoint's folder."""
+    allow_changes: bool = False
+    """Also with settings that change what the run computes."""
+
+
+def run_training_loop(config: TrainConfig, console: RunConsole, loop: Loop, resume: Resume) -> str:
     """Check, start, run `loop`, stop; write summary.json and report.html also when it fails.
 
     Returns:
@@ -34,16 +46,22 @@ def run_training_loop(config: TrainConfig, console: RunConsole, loop: Loop) -> s
         RunError: the run failed or was stopped; everything of it is gone but its folder.
     """
     started = time.monotonic()
+    checkpoint = find_checkpoint(config, resume.point)
     prepared = prepare_training(config)
-    folder = create_run_folder(config, config.run_dir, config.overwrite, prepared.checkpoint_bytes)
+    if checkpoint is not None:
+        folder = continue_run_folder(config, checkpoint, resume.allow_changes, console)
+    else:
+        # Without a complete checkpoint there is nothing in a run of ours to go on with.
+        overwrite = config.overwrite or resume.point == "auto"
+        folder = create_run_folder(config, config.run_dir, overwrite, prepared.checkpoint_bytes)
 
     async def main() -> None:
         console.phase("starting Ray")
         async with Runtime(config.policy.ranks + 1, folder) as runtime:
-            await run_once(Parts(runtime), config, prepared, record, console, loop)
+            await run_once(Parts(runtime), config, prepared, record, console, loop, checkpoint)
             console.phase("stopping")
 
-    with recorded(config, folder, console, started) as record:
+    with recorded(config, folder, console, started, checkpoint) as record:
         run_interruptible(main)
     return _what_next(folder)
 
@@ -57,18 +75,22 @@ class Record:
 
 
 @contextmanager
-def recorded(config: TrainConfig, folder: Path, console: RunConsole, started: float) -> Iterator[Record]:
+def recorded(
+    config: TrainConfig, folder: Path, console: RunConsole, started: float, checkpoint: Path | None = None
+) -> Iterator[Record]:
     """Around a run in `folder`: metrics are open, and however it ends, summary.json and report.html are written.
 
-    `started`: time.monotonic() when the run began.
+    `started`: time.monotonic() when the run began. `checkpoint`: where it goes on.
     """
 
     def write_outputs(status: str) -> Path:
         if record.session is not None:
-            write_summary(folder, summary(record.session, status, time.monotonic() - started))
+            elapsed = record.session.elapsed_before + time.monotonic() - started
+            write_summary(folder, summary(record.session, status, elapsed))
         return write_report(folder)
 
-    with open_metrics(folder, config.observability.tensorboard) as metrics:
+    resumed_after = None if checkpoint is None else step_of(checkpoint)
+    with open_metrics(folder, config.observability.tensorboard, resumed_after) as metrics:
         record = Record(metrics)
         try:
             yield record
@@ -84,10 +106,19 @@ def recorded(config: TrainConfig, folder: Path, console: RunConsole, started: fl
 
 
 async def run_once(
-    parts: Parts, config: TrainConfig, prepared: Prepared, record: Record, console: RunConsole, loop: Loop
+    parts: Parts,
+    config: TrainConfig,
+    prepared: Prepared,
+    record: Record,
+    console: RunConsole,
+    loop: Loop,
+    checkpoint: Path | None = None,
 ) -> None:
+    """`checkpoint`: where to go on."""
     console.phase("starting engine, trainer and graders")
     record.session = await parts.session(config, prepared, record.metrics, console)
+    if checkpoint is not None:
+        await restore(record.session, checkpoint)
     await loop(record.session)
 
 
