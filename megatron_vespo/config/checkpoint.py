@@ -12,5 +12,8 @@ class CheckpointConfig(Section):
     """Newest complete checkpoints that stay."""
     keep_every: int = Field(default=0, ge=0)
     """Checkpoints of steps that are a multiple of this stay, too; 0: none."""
+    export_every: int = Field(default=0, ge=0)
+    """Also write the model as a Hugging Face folder, `run_dir/exports/step_...`, after each so many optimizer steps;
+    0: only at the end, as `run_dir/checkpoint`."""
     timeout_seconds: float = Field(default=1800.0, gt=0)
     """Deadline of writing or reading one."""

@@ -28,7 +28,7 @@ class Pending:
     step: int
     folder: Path
     started: float
-    begin_seconds: float
+    copy_seconds: float
 
 
 class Checkpoints:
@@ -72,17 +72,17 @@ class Checkpoints:
         if not wait and not all(await session.policy.on_all("look at the save", lambda actor, _: actor.saved.remote())):
             return
         await session.policy.on_all("finish the save", lambda actor, _: actor.finish_save.remote(), seconds)
-        complete(pending.folder)
+        sizes = complete(pending.folder)
         self._pending = None
         self._prune()
         session.console.event(f"checkpoint of step {pending.step} is complete")
-        session.metrics.write(
-            "phase",
+        session.record(
+            "checkpoint",
             pending.step,
             {
-                "phase": "checkpoint",
-                "time/copy": pending.begin_seconds,
-                "time/seconds": time.monotonic() - pending.started,
+                "bytes": sum(sizes.values()),
+                "time/copy": pending.copy_seconds,
+                "time/written": time.monotonic() - pending.started,
             },
         )
 
@@ -111,8 +111,8 @@ def complete_checkpoints(run_dir: Path) -> list[Path]:
     return sorted((path for path in found if (path / COMPLETE_FILE).exists()), key=step_of)
 
 
-def complete(partial: Path) -> Path:
-    """Give a checkpoint its name once every file is on disk. Returns the folder."""
+def complete(partial: Path) -> dict[str, int]:
+    """Give a checkpoint its name once every file is on disk. Returns the size of each."""
     files = sorted(path for path in partial.rglob("*") if path.is_file())
     sizes = {str(path.relative_to(partial)): path.stat().st_size for path in files}
     for path in files:
@@ -126,7 +126,7 @@ def complete(partial: Path) -> Path:
         shutil.rmtree(final)
     partial.rename(final)
     _to_disk(final.parent)
-    return final
+    return sizes
 
 
 def require_whole(checkpoint: Path) -> None:

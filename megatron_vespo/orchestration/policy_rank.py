@@ -158,6 +158,19 @@ class PolicyRank:
             self._policy.model, self._architecture, source=self._model_path, target=folder, overwrite=overwrite
         )
 
+    def begin_export(self, folder: str) -> None:
+        """As `export`, but rank 0 writes in the background, a copy of the weights of now."""
+        from megatron_vespo.checkpoint.export import BackgroundExport
+
+        self._policy.settle_parameters()
+        self._exporting = BackgroundExport(self._policy.model, self._architecture, self._model_path, folder)
+
+    def exported(self) -> bool:
+        return self._exporting.done()
+
+    def finish_export(self) -> None:
+        self._exporting.finish()
+
     @ray.method(concurrency_group="sentinel")
     def hold(self) -> None:
         """Never returns: its failure tells that this process died."""

@@ -13,6 +13,7 @@ from megatron_vespo.objective.kernels import largest_coefficient
 from megatron_vespo.observability.console import RunConsole
 from megatron_vespo.orchestration.checkpoints import Checkpoints
 from megatron_vespo.orchestration.evaluation import evaluate
+from megatron_vespo.orchestration.exports import Exports
 from megatron_vespo.orchestration.gradient_noise import gradient_noise, measure_parts
 from megatron_vespo.orchestration.mini_batches import mini_batches, packing_figures, training_sequences
 from megatron_vespo.orchestration.rescoring import engine_mismatch
@@ -28,7 +29,8 @@ def run_training(config: TrainConfig, console: RunConsole, resume: Resume) -> st
 
 
 async def train(session: Session) -> None:
-    algorithm, progress, checkpoints = session.config.algorithm, session.progress, Checkpoints(session)
+    algorithm, progress = session.config.algorithm, session.progress
+    checkpoints, exports = Checkpoints(session), Exports(session)
     if progress.step == 0:
         await evaluate_policy(session, "before")
 
@@ -41,9 +43,11 @@ async def train(session: Session) -> None:
         if session.evaluation_due():
             await evaluate_policy(session, "during")
         await checkpoints.after_step()
+        await exports.after_step()
 
     await evaluate_policy(session, "after")
     await checkpoints.settle(wait=True)
+    await exports.settle(wait=True)
     await session.export_checkpoint()
 
 

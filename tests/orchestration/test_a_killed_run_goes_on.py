@@ -1,6 +1,8 @@
 """A run that was killed inside a rollout batch goes on as if nothing had happened."""
 
 import json
+import random
+import shutil
 import subprocess
 import sys
 import time
@@ -10,7 +12,13 @@ import psutil
 import pytest
 from test_a_run_from_start_to_report import SHORT, rows, without_times
 
-SETTINGS = (*SHORT, "algorithm.steps=12", "checkpoint.save_every=5", "checkpoint.keep_last=1")
+SETTINGS = (
+    *SHORT,
+    "algorithm.steps=12",
+    "checkpoint.save_every=5",
+    "checkpoint.keep_last=1",
+    "checkpoint.export_every=6",
+)
 
 
 def start(folder: Path, *arguments: str) -> subprocess.Popen:
@@ -54,7 +62,8 @@ def runs(tmp_path_factory) -> tuple[Path, Path, str]:
 
 def test_metrics_and_weights_are_those_of_the_uninterrupted_run_bit_for_bit(runs):
     whole, killed, _ = runs
-    first, second = ([without_times(row) for row in rows(run) if row["kind"] != "phase"] for run in (whole, killed))
+    beside = ("phase", "checkpoint")  # what tells of starting and of files, which come when they come
+    first, second = ([without_times(r) for r in rows(run) if r["kind"] not in beside] for run in (whole, killed))
     assert [row["step"] for row in first if row["kind"] == "step"] == list(range(1, 13))
     assert first == second
     assert (whole / "weights.jsonl").read_bytes() == (killed / "weights.jsonl").read_bytes()
@@ -67,6 +76,13 @@ def test_the_summary_counts_both_parts(runs):
     assert "resumed after step 5" in said
     first, second = (json.loads((run / "summary.json").read_text()) for run in (whole, killed))
     assert {**first, "wall_seconds": 0} == {**second, "wall_seconds": 0}
+
+
+def test_the_model_is_exported_on_the_way(runs):
+    for run in runs[:2]:
+        exported = [run / "exports" / f"step_{step:08d}" / "model.safetensors" for step in (6, 12)]
+        assert exported[1].read_bytes() == (run / "checkpoint" / "model.safetensors").read_bytes()
+        assert exported[0].read_bytes() != exported[1].read_bytes()
 
 
 def test_only_the_newest_checkpoint_is_kept_and_nothing_half_written(runs):
@@ -96,3 +112,38 @@ def test_a_checkpoint_that_lost_a_file_is_refused_by_name(runs):
     output, _ = process.communicate(timeout=60)
     lost.write_bytes(kept)
     assert process.returncode == 2 and f"{lost}: {len(kept) - 20} bytes, was saved with {len(kept)}" in output
+
+
+@pytest.mark.slow
+def test_twenty_kills_at_any_moment_lose_nothing_but_unsaved_steps(runs, tmp_path):
+    """Start-up, steps, saves, exports: whenever it dies, the next start goes on, and the end is the same bit for bit."""
+    whole, killed, generator = runs[0], tmp_path / "killed", random.Random(0)
+    for number in range(20):
+        process = start(killed, *SETTINGS, "checkpoint.save_every=1", "--resume", "auto")
+        try:  # from before anything is there to after the first steps, which take about 20 s to come
+            process.wait(timeout=generator.uniform(1.0, 40.0))
+            break
+        except subprocess.TimeoutExpired:
+            kill_when(process, lambda: True)
+        saved = sorted(path.name for path in (killed / "checkpoints").glob("step_*"))
+        print(f"kill {number}: {saved}")
+    end(start(killed, *SETTINGS, "checkpoint.save_every=1", "--resume", "auto"))
+    steps = [[without_times(r) for r in rows(run) if r["kind"] in ("step", "rollout")] for run in (whole, killed)]
+    assert steps[0] == steps[1]
+    weights = [(run / "checkpoint" / "model.safetensors").read_bytes() for run in (whole, killed)]
+    assert weights[0] == weights[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["pp=2,ep=1", "ep=1"])
+def test_another_layout_goes_on_and_learns(runs, tmp_path, layout):
+    killed = tmp_path / "moved"
+    shutil.copytree(runs[1], killed)
+    sizes = dict(part.split("=") for part in layout.split(","))
+    changes = [f"policy.layout={json.dumps({k: int(v) for k, v in sizes.items()})}", "algorithm.steps=16"]
+    said = end(start(killed, *SETTINGS, *changes, "--resume", "auto"))
+    assert "changed since the run was interrupted: policy.layout.ep: 2 -> 1" in said
+    steps = rows(killed, "step")
+    assert [row["step"] for row in steps] == list(range(1, 17))
+    assert steps[10]["loss"] == pytest.approx(rows(runs[0], "step")[10]["loss"], rel=1e-4)
+    assert json.loads((killed / "summary.json").read_text())["weight_sync_mismatches"] == 0
