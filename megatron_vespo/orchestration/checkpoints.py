@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_vespo.config import ConfigError
+from megatron_vespo.config import CheckpointConfig, ConfigError, TrainConfig
 from megatron_vespo.orchestration.session import Session
 from megatron_vespo.rollout.trajectory_file import write_trajectories
 
@@ -74,7 +74,7 @@ class Checkpoints:
         await session.policy.on_all("finish the save", lambda actor, _: actor.finish_save.remote(), seconds)
         sizes = complete(pending.folder)
         self._pending = None
-        self._prune()
+        prune(session.folder, self._config)
         session.console.event(f"checkpoint of step {pending.step} is complete")
         session.record(
             "checkpoint",
@@ -86,15 +86,23 @@ class Checkpoints:
             },
         )
 
-    def _prune(self) -> None:
-        """Remove what neither `keep_last` nor `keep_every` keeps, oldest first."""
-        found = complete_checkpoints(self._folder.parent)
-        every = self._config.keep_every
-        for folder in found[: -self._config.keep_last]:
-            if not (every and step_of(folder) % every == 0):
-                doomed = folder.with_name(folder.name + PARTIAL)
-                folder.rename(doomed)  # half of a checkpoint never bears its name
-                shutil.rmtree(doomed)
+
+def prune(run_dir: Path, config: CheckpointConfig) -> None:
+    """Remove what neither `keep_last` nor `keep_every` keeps, oldest first."""
+    for folder in complete_checkpoints(run_dir)[: -config.keep_last]:
+        if not (config.keep_every and step_of(folder) % config.keep_every == 0):
+            doomed = folder.with_name(folder.name + PARTIAL)
+            folder.rename(doomed)  # half of a checkpoint never bears its name
+            shutil.rmtree(doomed)
+
+
+def disk_bytes(config: TrainConfig, model_bytes: int) -> int:
+    """What the run's model and checkpoints take at most: `model_bytes` is the exported model alone."""
+    if config.checkpoint.save_every == 0:
+        return model_bytes
+    # Two moments in float32; beside bfloat16 weights also float32 masters, each twice as large as the weights.
+    models = 3 if config.model.dtype == "float32" else 7
+    return model_bytes * (1 + models * (config.checkpoint.keep_last + 1))
 
 
 def name_of(step: int) -> str:

@@ -13,7 +13,7 @@ from megatron_vespo.observability.open_metrics import open_metrics
 from megatron_vespo.observability.report import write_report
 from megatron_vespo.observability.sinks import Metrics
 from megatron_vespo.observability.summary import write_summary
-from megatron_vespo.orchestration.checkpoints import step_of
+from megatron_vespo.orchestration.checkpoints import disk_bytes, step_of
 from megatron_vespo.orchestration.interruption import run_interruptible
 from megatron_vespo.orchestration.parts import Parts
 from megatron_vespo.orchestration.preflight import Prepared, prepare_training
@@ -53,7 +53,7 @@ def run_training_loop(config: TrainConfig, console: RunConsole, loop: Loop, resu
     else:
         # Without a complete checkpoint there is nothing in a run of ours to go on with.
         overwrite = config.overwrite or resume.point == "auto"
-        folder = create_run_folder(config, config.run_dir, overwrite, prepared.checkpoint_bytes)
+        folder = create_run_folder(config, config.run_dir, overwrite, disk_bytes(config, prepared.checkpoint_bytes))
 
     async def main() -> None:
         console.phase("starting Ray")
