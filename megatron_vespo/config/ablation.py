@@ -14,7 +14,7 @@ from megatron_vespo.config.run import TrainConfig
 from megatron_vespo.config.section import Section
 from megatron_vespo.errors import ConfigError
 
-SETTLED_HERE = ("seed", "run_dir")
+SETTLED_HERE = ("seed", "run_dir", "overwrite")
 """Keys of a run that the grid decides."""
 
 
@@ -70,8 +70,11 @@ def plan_runs(ablation: AblationConfig, file: Path, out: Path, overrides: list[s
         overrides: of every run, over all that the grid says.
 
     Raises:
-        ConfigError: a run's configuration has mistakes; names the run.
+        ConfigError: a run's configuration has mistakes; names the run. Or an override of what the grid decides.
     """
+    for override in overrides or []:
+        if (key := override.partition("=")[0]) in SETTLED_HERE:
+            raise ConfigError(f"override '{override}': {key} is decided by the grid itself (`seeds` or --seed, --out)")
     planned = []
     for seed in ablation.seeds:
         for name, variant in ablation.variants.items():
@@ -79,7 +82,8 @@ def plan_runs(ablation: AblationConfig, file: Path, out: Path, overrides: list[s
                 values = dict(zip(ablation.grid, point, strict=True))
                 called = ", ".join([name, *(f"{key.rpartition('.')[2]}={value}" for key, value in values.items())])
                 folder = out / re.sub(r"[^\w.=-]+", "_", called) / f"seed_{seed}"
-                own = {"seed": seed, "run_dir": str(folder), "overwrite": True}
+                # a run that was interrupted starts again, so checkpoints would be of no use
+                own = {"seed": seed, "run_dir": str(folder), "overwrite": True, "checkpoint.save_every": 0}
                 settings = ablation.set | variant.set | values | own
                 source = file.parent / (variant.config or ablation.config)
                 try:

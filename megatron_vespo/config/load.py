@@ -1,5 +1,6 @@
 """Read a YAML file and command-line overrides into a typed configuration; report every mistake at once."""
 
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -42,7 +43,7 @@ def load_config(
     values = with_base(path, ())
     values = without_aliases(values)
     for key, value in (settings or {}).items():
-        apply_setting(values, key, value)
+        apply_setting(values, key, deepcopy(value))  # a later setting may change what is in it
     for override in overrides or []:
         apply_override(values, override)
     try:

@@ -76,6 +76,8 @@ class TrainConfig(Section):
                 f"a step has {trajectories} trajectories (prompts_per_step * rollout.group_size) but there are "
                 f"{ranks} data-parallel ranks: each needs at least one",
             )
+        if self.checkpoint.save_every > 0 and self.policy.optimizer_cpu_offload > 0:
+            yield "checkpoint.save_every", "not together with policy.optimizer_cpu_offload: set one of them to 0"
         if self.policy.reference is not None and self.model.initialization == "random":
             yield "policy.reference", "a model that starts from random weights has no reference: leave it out"
         if self.algorithm.objective.kl.coefficient > 0 and self.policy.reference is None:

@@ -9,7 +9,8 @@ def gradient_variance(
     """How noisy a step's gradient is.
 
     The step's groups are dealt into M parts. With g_1 .. g_M what they contribute to the step's gradient
-    g = g_1 + ... + g_M, taken as independent and alike, the covariance of g is estimated without bias by
+    g = g_1 + ... + g_M, taken as independent and alike, the covariance of g is estimated without bias (but for what a
+    negative estimate is raised to 0) by
 
         variance = M / (M - 1) (sum_m ||g_m||^2 - ||g||^2 / M)
 

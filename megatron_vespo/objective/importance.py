@@ -1,10 +1,9 @@
 """Importance weights, in log space."""
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from megatron_vespo.objective.packed import Packed, over_group
+from megatron_vespo.objective.packed import Packed
 
 LARGEST_LOG_RATIO = 30.0
 """Ratios are held to e^30 where they are exponentiated (their logs never are): so loss, gradient and the square of the
@@ -30,22 +29,6 @@ def ratio(log_ratio: Tensor) -> Tensor:
     return torch.exp(log_ratio.clamp(max=LARGEST_LOG_RATIO))
 
 
-def sequence_log_weight(
-    log_probs: Tensor,
-    old_log_probs: Tensor,
-    response_mask: Tensor,
-    cu_seqlens: Tensor,
-    group: dist.ProcessGroup | None = None,
-) -> Tensor:
-    """log W of each response: sum over its tokens of log(current / old policy). [t] -> [s] float64, detached.
-
-    A product over the whole response, never length-normalised and never clamped per token (VESPO, arXiv 2602.10693).
-    `group`: ranks among which the positions of each sequence are dealt out (context parallelism).
-    """
-    packed = Packed(response_mask, cu_seqlens)
-    return over_group(packed.sum(log_ratio(log_probs, old_log_probs, packed)), group)
-
-
 class NotFiniteError(ValueError):
     """A log-prob that no policy can have given to a token that was sampled.
 
@@ -56,6 +39,11 @@ class NotFiniteError(ValueError):
         super().__init__(f"trajectory {sequence} of {of}: " + (", ".join(found) or "log-probs are not finite"))
         self.sequence = sequence
         self.found = found
+        self.of = of
+
+    def __reduce__(self) -> tuple:
+        """So that it can be told from process to process: an exception is rebuilt from its message alone else."""
+        return type(self), (self.sequence, self.found, self.of)
 
     def in_step(self, key: int) -> "NotFiniteError":
         """The same of the whole step, where the trajectory's number is `key`."""

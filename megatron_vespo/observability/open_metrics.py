@@ -8,7 +8,8 @@ from megatron_vespo.observability.sinks import JsonlSink, Metrics, MetricSink
 def open_metrics(folder: Path, tensorboard: bool, resumed_after: int | None = None) -> Metrics:
     """JSON lines always; TensorBoard's event files in `folder`/tensorboard where asked for.
 
-    `resumed_after`: the step that a resumed run goes on after; TensorBoard hides what an earlier part wrote beyond it.
+    `resumed_after`: the step that a resumed run goes on after; TensorBoard hides later steps of its
+    earlier parts.
     """
     sinks: list[MetricSink] = [JsonlSink(folder)]
     if tensorboard:

@@ -1,7 +1,7 @@
 """Where measurements go: plain JSON lines always, and what else is asked for (`tensorboard_sink`).
 
 A row is a flat mapping with `kind`, `step` (optimizer steps done) and `timestamp` (Unix seconds); docs/metrics.md names
-every other key. Two runs of one seed differ only in `timestamp` and in keys under `time/` and `speed/`.
+every other key, and in what two runs of one seed differ.
 """
 
 import json

@@ -17,6 +17,8 @@ from megatron_vespo.observability.run_folder import read_run
 from megatron_vespo.orchestration.interruption import Interrupted, run_interruptible
 from megatron_vespo.orchestration.parts import Parts
 from megatron_vespo.orchestration.preflight import prepare_training
+from megatron_vespo.orchestration.resume import changed
+from megatron_vespo.orchestration.resume import is_finished as finished
 from megatron_vespo.orchestration.run_folder import CONFIG_COPY, create_run_folder
 from megatron_vespo.orchestration.runtime import Runtime
 from megatron_vespo.orchestration.synchronous import train
@@ -42,7 +44,10 @@ def run_ablation(title: str, planned: list[PlannedRun], out: Path, minutes: floa
     """
     started = time.monotonic()
     todo = [run for run in planned if not is_finished(run)]
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--out {out}: cannot be made a folder ({error.strerror})") from None
     print(f"{len(planned)} runs, {len(planned) - len(todo)} of them finished before; in {out}", flush=True)
     failed: list[str] = []
 
@@ -95,10 +100,10 @@ def table(rows: list[dict[str, Any]]) -> str:
 def is_finished(run: PlannedRun) -> bool:
     """Raises ConfigError where the folder holds a finished run with other settings."""
     folder = Path(run.config.run_dir)
-    summary = folder / "summary.json"
-    if not summary.exists() or json.loads(summary.read_text())["status"] != "finished":
+    if not finished(folder):
         return False
-    if yaml.safe_load((folder / CONFIG_COPY).read_text()) != run.config.model_dump(mode="json"):
+    before, now = yaml.safe_load((folder / CONFIG_COPY).read_text()), run.config.model_dump(mode="json")
+    if any(key != "run_dir" for key, _, _ in changed(before, now)):
         raise ConfigError(f"{folder}: holds a finished run with other settings. Choose another --out, or remove it")
     return True
 

@@ -13,6 +13,7 @@ from megatron_vespo.orchestration.session import Session
 from megatron_vespo.rollout.trajectory_file import write_trajectories
 
 FOLDER = "checkpoints"
+EXPORTS = "exports"
 PREFIX = "step_"
 PARTIAL = ".partial"
 PROGRESS_FILE = "progress.json"
@@ -91,18 +92,26 @@ def prune(run_dir: Path, config: CheckpointConfig) -> None:
     """Remove what neither `keep_last` nor `keep_every` keeps, oldest first."""
     for folder in complete_checkpoints(run_dir)[: -config.keep_last]:
         if not (config.keep_every and step_of(folder) % config.keep_every == 0):
-            doomed = folder.with_name(folder.name + PARTIAL)
-            folder.rename(doomed)  # half of a checkpoint never bears its name
-            shutil.rmtree(doomed)
+            remove(folder)
+
+
+def remove(folder: Path) -> None:
+    """Half of a checkpoint never bears its name."""
+    doomed = folder.with_name(f"{folder.name}.removed{PARTIAL}")
+    folder.rename(doomed)
+    shutil.rmtree(doomed)
 
 
 def disk_bytes(config: TrainConfig, model_bytes: int) -> int:
-    """What the run's model and checkpoints take at most: `model_bytes` is the exported model alone."""
-    if config.checkpoint.save_every == 0:
-        return model_bytes
+    """What the run's models and checkpoints take: `model_bytes` is one exported model."""
+    checkpoint, steps = config.checkpoint, config.algorithm.steps
+    exported = 1 + (steps // checkpoint.export_every if checkpoint.export_every else 0)
+    if checkpoint.save_every == 0:
+        return model_bytes * exported
     # Two moments in float32; beside bfloat16 weights also float32 masters, each twice as large as the weights.
     models = 3 if config.model.dtype == "float32" else 7
-    return model_bytes * (1 + models * (config.checkpoint.keep_last + 1))
+    kept = checkpoint.keep_last + 1 + (steps // checkpoint.keep_every if checkpoint.keep_every else 0)
+    return model_bytes * (exported + models * min(kept, steps // checkpoint.save_every + 1))
 
 
 def name_of(step: int) -> str:
@@ -115,8 +124,13 @@ def step_of(folder: Path) -> int:
 
 def complete_checkpoints(run_dir: Path) -> list[Path]:
     """Oldest first."""
-    found = [path for path in (run_dir / FOLDER).glob(f"{PREFIX}*") if path.name.removeprefix(PREFIX).isdigit()]
-    return sorted((path for path in found if (path / COMPLETE_FILE).exists()), key=step_of)
+    return [folder for folder in of_steps(run_dir / FOLDER) if (folder / COMPLETE_FILE).exists()]
+
+
+def of_steps(folder: Path) -> list[Path]:
+    """What is named after a step in `folder`, oldest first."""
+    found = [path for path in folder.glob(f"{PREFIX}*") if path.name.removeprefix(PREFIX).isdigit()]
+    return sorted(found, key=step_of)
 
 
 def complete(partial: Path) -> dict[str, int]:
@@ -130,9 +144,12 @@ def complete(partial: Path) -> dict[str, int]:
     for folder in {path.parent for path in files} | {partial}:
         _to_disk(folder)
     final = partial.with_name(partial.name.removesuffix(PARTIAL))
-    if final.exists():  # a run that went on from an older one is here again
-        shutil.rmtree(final)
+    aside = final.with_name(f"{final.name}.replaced{PARTIAL}")
+    if final.exists():
+        final.rename(aside)
     partial.rename(final)
+    if aside.exists():
+        shutil.rmtree(aside)
     _to_disk(final.parent)
     return sizes
 

@@ -2,10 +2,8 @@
 
 from pathlib import Path
 
-from megatron_vespo.orchestration.checkpoints import name_of
+from megatron_vespo.orchestration.checkpoints import EXPORTS, name_of
 from megatron_vespo.orchestration.session import Session
-
-FOLDER = "exports"
 
 
 class Exports:
@@ -15,12 +13,16 @@ class Exports:
         self._pending: Path | None = None
 
     async def after_step(self) -> None:
-        """Notice what is written by now, and begin a new export if it is due."""
+        """Notice what is written by now, and begin a new export if it is due and not there.
+
+        A resumed run calls it first, for an export that was being written when the run was interrupted.
+        """
         await self.settle(wait=False)
         step, every = self._session.progress.step, self._config.export_every
-        if every > 0 and step % every == 0:
+        folder = self._session.folder / EXPORTS / name_of(step)
+        if every > 0 and step > 0 and step % every == 0 and not folder.exists():
             await self.settle(wait=True)
-            self._pending = self._session.folder / FOLDER / name_of(step)
+            self._pending = folder
             await self._session.policy.on_all(
                 "copy the model to be exported",
                 lambda actor, _: actor.begin_export.remote(str(self._pending)),

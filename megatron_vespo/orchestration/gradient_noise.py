@@ -1,6 +1,7 @@
 """Opt-in measurement of a step's gradient variance: the gradients of parts of the step, before it is taken."""
 
 from itertools import pairwise
+from typing import TypeVar
 
 from megatron_vespo.objective.gradient_variance import gradient_variance
 from megatron_vespo.orchestration.mini_batches import training_sequences
@@ -11,6 +12,7 @@ from megatron_vespo.rollout.trajectory import Trajectory
 PARTS = 8
 """At most. More make the estimate better and the passes smaller."""
 
+T = TypeVar("T")
 PartNorms = list[tuple[float, float]]
 
 
@@ -20,12 +22,18 @@ async def measure_parts(session: Session, trajectories: list[Trajectory], step: 
     every, groups = algorithm.gradient_variance_every, len(trajectories) // group_size
     if every == 0 or step % every or groups < 2:
         return []
-    bounds = [group_size * (groups * part // min(PARTS, groups)) for part in range(min(PARTS, groups) + 1)]
-    parts = [trajectories[start:end] for start, end in pairwise(bounds)]
     return [
         await session.policy.gradient_norm(training_sequences(part, algorithm.old_policy), algorithm.objective)
-        for part in parts
+        for part in in_parts(trajectories, group_size)
     ]
+
+
+def in_parts(trajectories: list[T], group_size: int) -> list[list[T]]:
+    """Whole groups, in at most PARTS parts of nearly equal numbers."""
+    groups = len(trajectories) // group_size
+    count = min(PARTS, groups)
+    bounds = [group_size * (groups * part // count) for part in range(count + 1)]
+    return [trajectories[start:end] for start, end in pairwise(bounds)]
 
 
 def gradient_noise(parts: PartNorms, step: StepResult) -> dict[str, float]:

@@ -29,6 +29,8 @@ class PolicyRank:
         self._listener: socket.socket | None = None
         self._sender: Any = None
         self._policy: Any = None
+        self._saving: Any = None
+        self._exporting: Any = None
 
     def listen_for_ranks(self) -> int:
         """Rank 0 only. Returns the port where the other ranks meet it."""
@@ -86,7 +88,8 @@ class PolicyRank:
 
     def finish_save(self) -> None:
         """Wait until it has, and let all ranks together write what belongs to the whole."""
-        self._saving.finish()
+        saving, self._saving = self._saving, None  # it holds a copy of the state
+        saving.finish()
 
     def load_saved(self, folder: str, step: int) -> None:
         self._policy.load_saved(Path(folder), step)
@@ -169,7 +172,8 @@ class PolicyRank:
         return self._exporting.done()
 
     def finish_export(self) -> None:
-        self._exporting.finish()
+        exporting, self._exporting = self._exporting, None  # it holds a copy of the model
+        exporting.finish()
 
     @ray.method(concurrency_group="sentinel")
     def hold(self) -> None:

@@ -11,7 +11,15 @@ import yaml
 
 from megatron_vespo.config import ConfigError, TrainConfig
 from megatron_vespo.observability.console import RunConsole
-from megatron_vespo.orchestration.checkpoints import PROGRESS_FILE, complete_checkpoints, require_whole
+from megatron_vespo.orchestration.checkpoints import (
+    EXPORTS,
+    PROGRESS_FILE,
+    complete_checkpoints,
+    of_steps,
+    remove,
+    require_whole,
+    step_of,
+)
 from megatron_vespo.orchestration.run_folder import CONFIG_COPY, MARKER
 from megatron_vespo.orchestration.session import Session, Tally
 from megatron_vespo.rollout.trajectory_file import read_trajectories
@@ -27,7 +35,10 @@ FREE = (
     *("rollout.engine", "rollout.concurrent_groups", "policy"),
 )
 """Settings, or groups of them, that a run may change between its parts: they are not part of what it computes."""
-NOT_FREE = ("policy.reference", "rollout.engine.dtype", "policy.router_aux_loss", "policy.router_dtype")
+NOT_FREE = (
+    *("policy.reference", "policy.router_aux_loss", "policy.router_z_loss", "policy.router_dtype"),
+    *("rollout.engine.dtype", "rollout.engine.extra_arguments"),
+)
 
 
 def find_checkpoint(config: TrainConfig, resume: str) -> Path | None:
@@ -53,32 +64,52 @@ def find_checkpoint(config: TrainConfig, resume: str) -> Path | None:
 
 
 def continue_run_folder(config: TrainConfig, checkpoint: Path, allow_changes: bool, console: RunConsole) -> Path:
-    """The run's folder as it was at `checkpoint`: rows of later steps are taken off the metrics.
+    """The run's folder as it was at `checkpoint`: rows, checkpoints and exports of later steps are taken away.
 
     Raises:
-        ConfigError: settings changed that change what the run computes; lists them.
+        ConfigError: settings changed that change what the run computes; lists them. Or the metrics were cut.
     """
     folder = Path(config.run_dir)
     if not (folder / MARKER).exists():
         raise ConfigError(f"run_dir {folder}: not a run of ours")
     now = config.model_dump(mode="json")
     changes = list(changed(yaml.safe_load((folder / CONFIG_COPY).read_text()), now))
-    lines = [f"  {key}: {was} -> {is_now}" for key, was, is_now in changes]
-    if not allow_changes and any(not is_free(key) for key, _, _ in changes):
+    refused = [
+        change for change in changes if not is_free(change[0], constant_rate=config.optimizer.schedule == "constant")
+    ]
+    if refused and not allow_changes:
         raise ConfigError(
             f"{folder}: these settings are not those of the interrupted run, and change what it computes:\n"
-            + "\n".join(line for line, (key, _, _) in zip(lines, changes, strict=True) if not is_free(key))
+            + "\n".join(f"  {key}: {was} -> {is_now}" for key, was, is_now in refused)
             + "\nStart another run (run_dir), or go on with them: --allow-changes"
         )
-    for line in lines:
-        console.event(f"changed since the run was interrupted: {line.strip()}")
-    (folder / CONFIG_COPY).write_text(yaml.safe_dump(now, sort_keys=False))
-    for name, size in read_progress(checkpoint)["metrics"].items():
+    saved = read_progress(checkpoint)
+    if config.algorithm.steps < saved["step"]:
+        raise ConfigError(f"algorithm.steps: {config.algorithm.steps}, but {checkpoint} is of step {saved['step']}")
+    for name, size in saved["metrics"].items():
+        if (folder / name).stat().st_size < size:
+            raise ConfigError(f"{folder / name}: shorter than when {checkpoint} was saved ({size} bytes)")
+    for key, was, is_now in changes:
+        console.event(f"changed since the run was interrupted: {key}: {was} -> {is_now}")
+    for name, size in saved["metrics"].items():
         os.truncate(folder / name, size)
+    for later in (*of_steps(checkpoint.parent), *of_steps(folder / EXPORTS)):
+        if step_of(later) > saved["step"]:
+            remove(later)
     return folder
 
 
-def is_free(key: str) -> bool:
+def is_finished(folder: Path) -> bool:
+    """Whether a run in `folder` came to its end."""
+    summary = folder / "summary.json"
+    return summary.exists() and json.loads(summary.read_text())["status"] == "finished"
+
+
+def is_free(key: str, constant_rate: bool = True) -> bool:
+    """`constant_rate`: of learning; else the number of steps decides what each step's rate is."""
+    if key == "algorithm.steps" and not constant_rate:
+        return False
+
     def within(groups: tuple[str, ...]) -> bool:
         return any(key == group or key.startswith(f"{group}.") for group in groups)
 
@@ -119,7 +150,6 @@ async def restore(session: Session, checkpoint: Path) -> None:
     session.elapsed_before = saved["elapsed_seconds"]
     if saved["weights"]["version"] == saved["step"]:
         await session.weights.sync(saved["step"])
-        await session.weights.verify()
     session.weights.syncs = saved["weights"]["syncs"]
     session.weights.mismatches = saved["weights"]["mismatches"]
     session.console.event(f"resumed after step {saved['step']} from {checkpoint}")

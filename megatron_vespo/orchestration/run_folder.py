@@ -37,10 +37,14 @@ def create_run_folder(config: Section, run_dir: str, overwrite: bool, checkpoint
             shutil.rmtree(folder)
         folder.mkdir(parents=True)
         (folder / MARKER).touch()
-        (folder / CONFIG_COPY).write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+        write_config(config, folder)
     except OSError as error:
         raise ConfigError(f"run_dir {folder}: cannot be written ({error.strerror})") from None
     return folder
+
+
+def write_config(config: Section, folder: Path) -> None:
+    (folder / CONFIG_COPY).write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
 
 
 def _require_space(folder: Path, needed: int) -> None:

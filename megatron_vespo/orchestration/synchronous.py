@@ -33,12 +33,14 @@ async def train(session: Session) -> None:
     checkpoints, exports = Checkpoints(session), Exports(session)
     if progress.step == 0:
         await evaluate_policy(session, "before")
+    await exports.after_step()
 
     while progress.step < algorithm.steps:
         if not progress.mini_batches:
             await sync_weights(session)
             groups = await collect_rollouts(session, progress.step // algorithm.staleness, progress.step)
             progress.mini_batches = list(mini_batches(groups, algorithm.prompts_per_step))
+            await checkpoints.settle(wait=False)
         await train_step(session, progress.mini_batches.pop(0))
         if session.evaluation_due():
             await evaluate_policy(session, "during")

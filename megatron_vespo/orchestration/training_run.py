@@ -17,8 +17,8 @@ from megatron_vespo.orchestration.checkpoints import disk_bytes, step_of
 from megatron_vespo.orchestration.interruption import run_interruptible
 from megatron_vespo.orchestration.parts import Parts
 from megatron_vespo.orchestration.preflight import Prepared, prepare_training
-from megatron_vespo.orchestration.resume import continue_run_folder, find_checkpoint, restore
-from megatron_vespo.orchestration.run_folder import create_run_folder
+from megatron_vespo.orchestration.resume import continue_run_folder, find_checkpoint, is_finished, restore
+from megatron_vespo.orchestration.run_folder import create_run_folder, write_config
 from megatron_vespo.orchestration.runtime import Runtime
 from megatron_vespo.orchestration.session import Session
 
@@ -51,8 +51,10 @@ def run_training_loop(config: TrainConfig, console: RunConsole, loop: Loop, resu
     if checkpoint is not None:
         folder = continue_run_folder(config, checkpoint, resume.allow_changes, console)
     else:
-        # Without a complete checkpoint there is nothing in a run of ours to go on with.
-        overwrite = config.overwrite or resume.point == "auto"
+        # Without a complete checkpoint there is nothing in an interrupted run to go on with.
+        overwrite = config.overwrite or (resume.point == "auto" and not is_finished(Path(config.run_dir)))
+        if resume.point == "auto" and config.checkpoint.save_every == 0:
+            console.event("checkpoint.save_every is 0: nothing is saved that a later --resume could go on from")
         folder = create_run_folder(config, config.run_dir, overwrite, disk_bytes(config, prepared.checkpoint_bytes))
 
     async def main() -> None:
@@ -119,6 +121,7 @@ async def run_once(
     record.session = await parts.session(config, prepared, record.metrics, console)
     if checkpoint is not None:
         await restore(record.session, checkpoint)
+        write_config(config, Path(config.run_dir))
     await loop(record.session)
 
 

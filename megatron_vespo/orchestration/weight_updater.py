@@ -45,6 +45,8 @@ class WeightUpdater:
         self._buckets: list[Bucket] = []
         self.weight_version: int | None = None
         """That the engine holds, as far as this object brought it there."""
+        self._verified_once = False
+        """Of this engine; a resumed run counts on where it was, but meets a new one."""
         self.syncs = 0
         self.mismatches = 0
         """Tensors found different on the engine, over all verifications."""
@@ -94,8 +96,9 @@ class WeightUpdater:
         due = self.syncs % self._config.verify_every == 0
         self.syncs += 1
         self.weight_version = weight_version
-        if due:
+        if due or not self._verified_once:
             await self.verify()
+            self._verified_once = True
         return SyncReport(
             weight_version=weight_version,
             bytes=sum(bucket.num_bytes for bucket in self._buckets),

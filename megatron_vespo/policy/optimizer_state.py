@@ -25,8 +25,8 @@ States = dict[Parameter, dict[str, Tensor]]
 def gather_states(optimizer: MegatronOptimizer) -> States:
     """Master and moments of this rank's parameters, float32 copies on the CPU.
 
-    Of each parameter on one of the data-parallel ranks that share it (the first of their group); others return nothing
-    of it. All ranks call it.
+    With the distributed optimizer, of each parameter on the first of the data-parallel ranks that share it; others
+    return nothing of it. All ranks call it.
     """
     states: States = {}
     for part in _parts(optimizer):
@@ -82,21 +82,25 @@ def ensure_state(part: MegatronOptimizer) -> None:
         for parameter in group["params"]:
             state = part.optimizer.state[parameter]
             if MOMENTS[0] not in state:
-                if isinstance(part.optimizer, torch.optim.Optimizer) and "step" not in group:
+                if _counts_each_parameter(part.optimizer):
                     state["step"] = torch.zeros((), dtype=torch.float32)
                 for name in MOMENTS:
                     state[name] = torch.zeros_like(parameter, dtype=torch.float32)
 
 
 def _set_step(part: MegatronOptimizer, step: int) -> None:
-    """torch counts for each parameter, Transformer Engine for each group."""
     for group in part.optimizer.param_groups:
-        if "step" in group:
+        if not _counts_each_parameter(part.optimizer):
             group["step"] = step
+            continue
         for parameter in group["params"]:
             state = part.optimizer.state[parameter]
-            if "step" in state:
-                state["step"] = torch.full_like(state["step"], step)
+            state["step"] = torch.full_like(state["step"], step)
+
+
+def _counts_each_parameter(optimizer: torch.optim.Optimizer) -> bool:
+    """torch counts steps for each parameter; Transformer Engine's and Apex's Adam for each group, from the first step."""
+    return isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW))
 
 
 def _parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:

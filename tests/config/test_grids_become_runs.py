@@ -59,6 +59,19 @@ def test_the_command_line_has_the_last_word(folder):
     assert {run.config.algorithm.steps for run in planned(folder, overrides=["algorithm.steps=32"])} == {32}
 
 
+def test_one_variants_settings_stay_out_of_the_next(folder):
+    text = GRID.replace("set: {algorithm.steps: 64}", "set: {algorithm.steps: 64, optimizer: {learning_rate: 1.0e-6}}")
+    text = text.replace("  vespo: {}\n", "  first: {set: {optimizer.learning_rate: 5.0e-5}}\n  vespo: {}\n")
+    rates = {run.variant.split(",")[0]: run.config.optimizer.learning_rate for run in planned(folder, text)}
+    assert rates == {"first": 5e-5, "vespo": 1e-6, "grpo": 3e-5}
+
+
+@pytest.mark.parametrize("override", ["seed=5", "run_dir=x", "overwrite=false"])
+def test_what_the_grid_decides_is_not_overridden(folder, override):
+    with pytest.raises(ConfigError, match="decided by the grid"):
+        planned(folder, overrides=[override])
+
+
 def test_a_variant_may_start_from_a_file_of_its_own(folder):
     (folder / "other.yaml").write_text("base: run.yaml\noptimizer: {learning_rate: 0.5}\n")
     runs = planned(folder, GRID.replace("vespo: {}", "vespo: {config: other.yaml}"))

@@ -12,10 +12,12 @@ import psutil
 import pytest
 from test_a_run_from_start_to_report import SHORT, rows, without_times
 
+from megatron_vespo.orchestration.checkpoints import complete_checkpoints, step_of
+
 SETTINGS = (
     *SHORT,
     "algorithm.steps=12",
-    "checkpoint.save_every=5",
+    "checkpoint.save_every=3",
     "checkpoint.keep_last=1",
     "checkpoint.export_every=6",
 )
@@ -54,7 +56,7 @@ def runs(tmp_path_factory) -> tuple[Path, Path, str]:
     end(start(whole, *SETTINGS))
     process = start(killed, *SETTINGS)
     metrics = killed / "metrics.jsonl"
-    complete = killed / "checkpoints" / "step_00000005" / "complete.json"
+    complete = killed / "checkpoints" / "step_00000006" / "complete.json"
     kill_when(process, lambda: complete.exists() and '"kind": "step", "step": 7' in metrics.read_text())
     assert not (killed / "summary.json").exists()
     return whole, killed, end(start(killed, *SETTINGS, "--resume", "auto"))
@@ -73,7 +75,7 @@ def test_metrics_and_weights_are_those_of_the_uninterrupted_run_bit_for_bit(runs
 
 def test_the_summary_counts_both_parts(runs):
     whole, killed, said = runs
-    assert "resumed after step 5" in said
+    assert "resumed after step 6" in said
     first, second = (json.loads((run / "summary.json").read_text()) for run in (whole, killed))
     assert {**first, "wall_seconds": 0} == {**second, "wall_seconds": 0}
 
@@ -87,7 +89,7 @@ def test_the_model_is_exported_on_the_way(runs):
 
 def test_only_the_newest_checkpoint_is_kept_and_nothing_half_written(runs):
     for run in runs[:2]:
-        assert [path.name for path in (run / "checkpoints").iterdir()] == ["step_00000010"]
+        assert [path.name for path in (run / "checkpoints").iterdir()] == ["step_00000012"]
 
 
 def test_settings_that_change_the_result_are_refused_and_others_are_said(runs):
@@ -105,7 +107,7 @@ def test_settings_that_change_the_result_are_refused_and_others_are_said(runs):
 
 def test_a_checkpoint_that_lost_a_file_is_refused_by_name(runs):
     _, killed, _ = runs
-    lost = killed / "checkpoints" / "step_00000010" / "progress.json"
+    lost = killed / "checkpoints" / "step_00000012" / "progress.json"
     kept = lost.read_bytes()
     lost.write_bytes(kept[:-20])
     process = start(killed, *SETTINGS, "--resume", "auto")
@@ -114,13 +116,20 @@ def test_a_checkpoint_that_lost_a_file_is_refused_by_name(runs):
     assert process.returncode == 2 and f"{lost}: {len(kept) - 20} bytes, was saved with {len(kept)}" in output
 
 
+def newest_step(run: Path) -> int:
+    return max((step_of(checkpoint) for checkpoint in complete_checkpoints(run)), default=0)
+
+
 @pytest.mark.slow
+@pytest.mark.timeout(3000)
 def test_twenty_kills_at_any_moment_lose_nothing_but_unsaved_steps(tmp_path):
     """Ten at random, from start-up on, and ten while a checkpoint is written; the end is the same bit for bit."""
     settings = (*SETTINGS, "algorithm.steps=40", "checkpoint.save_every=1", "checkpoint.export_every=0")
     whole, killed, generator = tmp_path / "whole", tmp_path / "killed", random.Random(0)
     end(start(whole, *settings))
+    newest: list[int] = []
     for number in range(20):
+        newest.append(newest_step(killed))
         process, folder = start(killed, *settings, "--resume", "auto"), killed / "checkpoints"
         left = set(folder.glob("*.partial"))
         if number % 2:
@@ -129,7 +138,9 @@ def test_twenty_kills_at_any_moment_lose_nothing_but_unsaved_steps(tmp_path):
             moment = time.monotonic() + generator.uniform(1.0, 30.0)
             kill_when(process, lambda moment=moment: time.monotonic() > moment)
         print(f"kill {number}: {sorted(path.name for path in folder.glob('*'))}")
-    end(start(killed, *settings, "--resume", "auto"))
+    assert newest == sorted(newest) and newest_step(killed) > 3  # a kill costs no checkpoint
+    last = newest_step(killed)
+    assert f"resumed after step {last} " in end(start(killed, *settings, "--resume", "auto"))
     steps = [[without_times(r) for r in rows(run) if r["kind"] in ("step", "rollout")] for run in (whole, killed)]
     assert len(steps[0]) == 50 and steps[0] == steps[1]
     weights = [(run / "checkpoint" / "model.safetensors").read_bytes() for run in (whole, killed)]

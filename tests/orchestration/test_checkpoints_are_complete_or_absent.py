@@ -82,6 +82,10 @@ def test_a_checkpoint_of_another_format_is_refused(tmp_path):
         require_whole(checkpoint)
 
 
+def test_more_steps_are_free_only_at_a_constant_rate():
+    assert is_free("algorithm.steps") and not is_free("algorithm.steps", constant_rate=False)
+
+
 def test_every_changed_setting_is_found_with_its_path():
     before = {"seed": 1, "policy": {"ranks": 2, "layout": {"ep": 2}}, "data": {"sources": [{"task": "a"}]}}
     now = {"seed": 2, "policy": {"ranks": 2, "layout": {"ep": 1}, "new": 0}, "data": {"sources": [{"task": "b"}]}}

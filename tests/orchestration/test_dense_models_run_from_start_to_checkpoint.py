@@ -20,7 +20,7 @@ EOS = 1
 SETTINGS = (
     *("algorithm.steps=4", "algorithm.staleness=2", "algorithm.prompts_per_step=4", "rollout.group_size=8"),
     *("rollout.max_response_tokens=48", "algorithm.overlong_shaping={buffer_tokens: 48, penalty: 1.0}"),
-    *("optimizer.learning_rate=1e-3", "evaluation.prompts=1", "evaluation.every_batches=0", "evaluation.exclude=[]"),
+    *("optimizer.learning_rate=1e-3", "evaluation.prompts=1", "evaluation.every_steps=0", "evaluation.exclude=[]"),
     *("weight_sync.verify_every=1", "weight_sync.bucket_mb=0.1", "observability.console=plain"),
 )
 

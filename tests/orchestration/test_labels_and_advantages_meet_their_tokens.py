@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from megatron_vespo.config import AdvantageConfig, RolloutConfig
+from megatron_vespo.orchestration.gradient_noise import in_parts
 from megatron_vespo.orchestration.mini_batches import (
     assign_advantages,
     mini_batches,
@@ -81,3 +82,13 @@ def test_truncated_responses_are_kept_masked_or_penalised(mode, rewards, trained
     assert [t.reward for t in whole] == [1.0, 0.5, 0.5, 0.0] and all(t.trained for t in whole)
     masks = [sequence.label_mask.any() for sequence in training_sequences(cut, "behavior")]
     assert masks == trained
+
+
+@pytest.mark.parametrize(
+    ("groups", "sizes"), [(2, [1, 1]), (8, [1] * 8), (12, [1, 2, 1, 2, 1, 2, 1, 2]), (16, [2] * 8)]
+)
+def test_parts_of_a_step_are_whole_groups(groups, sizes):
+    trajectories = [(group, sample) for group in range(groups) for sample in range(3)]
+    parts = in_parts(trajectories, group_size=3)
+    assert [len(part) // 3 for part in parts] == sizes
+    assert [trajectory for part in parts for trajectory in part] == trajectories

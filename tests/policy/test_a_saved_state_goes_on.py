@@ -1,6 +1,7 @@
 """A training state that was saved and loaded goes on as if nothing had happened; in another layout, too."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import saved_state_jobs as jobs
@@ -9,6 +10,7 @@ import torch
 from megatron_vespo.config import ObjectiveConfig
 from megatron_vespo.parity.case import build_case
 from megatron_vespo.parity.layouts import parse_layout
+from megatron_vespo.policy.optimizer_state import restore_states
 
 SAVED_AFTER = 2
 
@@ -103,3 +105,27 @@ def test_what_stops_the_writing_on_one_rank_is_raised_on_all(ranks, case_of, tmp
     assert first.startswith("RuntimeError: the state could not be saved: rank 1: OSError(27, 'File too large')")
     assert second.startswith("RuntimeError: the state could not be saved")
     assert not (tmp_path / "saved" / "policy" / "metadata.json").exists()
+
+
+def test_adam_that_counts_for_each_group_goes_on_counting():
+    """Transformer Engine's and Apex's FusedAdam count in the group, from their first step."""
+
+    class GroupCounting(torch.optim.Optimizer):
+        def __init__(self, parameters):
+            super().__init__(parameters, {})
+
+        def step(self):
+            for group in self.param_groups:
+                group["step"] = group["step"] + 1 if "step" in group else 1
+
+    weight = torch.nn.Parameter(torch.ones(3))
+    part = SimpleNamespace(optimizer=GroupCounting([weight]))
+    part.get_parameters = lambda: [weight]
+    moments = {"exp_avg": torch.full((3,), 2.0), "exp_avg_sq": torch.full((3,), 4.0)}
+    restore_states(part, {weight: moments}, step=100)
+    part.optimizer.step()
+    assert part.optimizer.param_groups[0]["step"] == 101
+    assert {name: tensor.tolist() for name, tensor in part.optimizer.state[weight].items()} == {
+        "exp_avg": [2.0] * 3,
+        "exp_avg_sq": [4.0] * 3,
+    }

@@ -1,6 +1,7 @@
 """The same inputs give the same bits; wrong ones say so and change nothing."""
 
 import math
+import pickle
 from dataclasses import replace
 
 import policy_examples
@@ -87,6 +88,11 @@ def test_random_policy_starts_near_uniform(ranks):
     batches = pack_step(SEQUENCES, PackingRules(ranks=1, token_budget=200))
     (answer,) = ranks.run(1, policy_jobs.train, policy_jobs.Setup(ARCHITECTURE), [batches])
     assert math.isfinite(answer.results[0].gradient_norm)
+
+
+def test_an_error_that_names_a_trajectory_goes_from_process_to_process():
+    told = pickle.loads(pickle.dumps(NotFiniteError(1, ["x is nan"]).in_step(9)))
+    assert (str(told), told.sequence) == ("trajectory 9 of this step: x is nan", 9)
 
 
 def test_a_log_prob_that_cannot_be_names_its_trajectory_in_the_step():
