@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from torch.distributed import is_torchelastic_launched
 
 from megatron_vespo.checkpoint.conversion import hf_to_megatron
 from megatron_vespo.checkpoint.conversion_options import (
@@ -20,7 +19,6 @@ from megatron_vespo.checkpoint.conversion_options import (
     Verify,
     Workers,
     file_bytes_or,
-    workers_or_default,
 )
 from megatron_vespo.checkpoint.conversion_to_megatron import DEFAULT_FILE_BYTES
 from megatron_vespo.cli import exit_code
@@ -60,7 +58,7 @@ def command(
         verify=verify or (),
         strict=strict,
         overwrite=overwrite,
-        processes=workers_or_default(workers, is_torchelastic_launched()),
+        processes=workers,
         file_bytes=file_bytes_or(DEFAULT_FILE_BYTES, file_mb),
     )
     print(f"checkpoint   {out}")

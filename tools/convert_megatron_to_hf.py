@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from torch.distributed import is_torchelastic_launched
 
 from megatron_vespo.checkpoint.conversion import megatron_to_hf
 from megatron_vespo.checkpoint.conversion_options import (
@@ -19,7 +18,6 @@ from megatron_vespo.checkpoint.conversion_options import (
     Verify,
     Workers,
     file_bytes_or,
-    workers_or_default,
 )
 from megatron_vespo.checkpoint.conversion_to_hf import DEFAULT_FILE_BYTES
 from megatron_vespo.cli import exit_code
@@ -50,7 +48,7 @@ def command(
         verify=verify or (),
         strict=strict,
         overwrite=overwrite,
-        processes=workers_or_default(workers, is_torchelastic_launched()),
+        processes=workers,
         file_bytes=file_bytes_or(DEFAULT_FILE_BYTES, file_mb),
     )
     print(f"folder   {out}")

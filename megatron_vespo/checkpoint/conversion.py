@@ -18,7 +18,7 @@ from megatron_vespo.errors import RunError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 LOGIT_TOLERANCE = 1e-5
-"""Between two float32 models, of logits of order 1."""
+"""See `LogitComparison.relative`."""
 
 
 class Verification(StrEnum):
@@ -39,7 +39,7 @@ def hf_to_megatron(
     verify: Sequence[Verification] = (),
     strict: bool = False,
     overwrite: bool = False,
-    processes: int = 1,
+    processes: int | None = None,
     file_bytes: int = conversion_to_megatron.DEFAULT_FILE_BYTES,
 ) -> None:
     """Write the Hugging Face folder `source` as the torch_dist checkpoint `target`.
@@ -47,6 +47,7 @@ def hf_to_megatron(
     Args:
         tp, pp, ep, etp: see `ToMegatron.layout`; etp None is tp, or 1 if ep is more than 1.
         dtype: a key of `DTYPES`; None keeps each tensor's.
+        processes: see `RunSettings`.
         strict: NaN or Inf is an error, not a warning.
 
     Raises:
@@ -75,7 +76,7 @@ def megatron_to_hf(
     verify: Sequence[Verification] = (),
     strict: bool = False,
     overwrite: bool = False,
-    processes: int = 1,
+    processes: int | None = None,
     file_bytes: int = conversion_to_hf.DEFAULT_FILE_BYTES,
 ) -> None:
     """Write the weights in the torch_dist checkpoint `source` as the Hugging Face folder `target`.
@@ -99,11 +100,12 @@ def megatron_to_hf(
 
 
 def _verify_logits(hf: Path, megatron: Path, layout: LayoutConfig) -> None:
-    from megatron_vespo.checkpoint.verify_logits import largest_difference  # imports Megatron, which nothing else needs
+    from megatron_vespo.checkpoint.verify_logits import compare_logits  # imports Megatron, which nothing else needs
 
-    difference = largest_difference(hf, megatron, layout)
-    print(f"logits: largest difference {difference:.2g}", file=sys.stderr)
-    if not difference <= LOGIT_TOLERANCE:
+    found = compare_logits(hf, megatron, layout)
+    figures = f"largest difference {found.largest_difference:.2g}, largest logit {found.largest_logit:.3g}"
+    print(f"logits: {figures}", file=sys.stderr)
+    if not found.relative <= LOGIT_TOLERANCE:
         raise RunError(
-            f"logits of {megatron} differ by {difference:.3g} from transformers', more than {LOGIT_TOLERANCE}"
+            f"{megatron}: logits differ from transformers' by more than {LOGIT_TOLERANCE} of them: {figures}"
         )

@@ -1,6 +1,5 @@
 """Options that the two conversion commands share."""
 
-import os
 from typing import Annotated, Literal
 
 import typer
@@ -23,16 +22,12 @@ Overwrite = Annotated[
 ]
 Workers = Annotated[
     int | None,
-    typer.Option(min=1, help="Processes; default: as many as cores, at most 8, and 1 for each rank under torchrun."),
+    typer.Option(
+        min=1,
+        help="Processes; default: one for each core, at most 8, and fewer for a small model; under torchrun 1 for each rank.",
+    ),
 ]
 FileMB = Annotated[float | None, typer.Option(help="Size of one output file in MB, the unit that a rerun takes up.")]
-MOST_WORKERS = 8
-
-
-def workers_or_default(workers: int | None, under_torchrun: bool) -> int:
-    if workers is not None:
-        return workers
-    return 1 if under_torchrun else min(MOST_WORKERS, len(os.sched_getaffinity(0)))
 
 
 def file_bytes_or(default: int, megabytes: float | None) -> int:

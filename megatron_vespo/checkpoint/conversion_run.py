@@ -27,6 +27,9 @@ from megatron_vespo.checkpoint.mapping import Place
 from megatron_vespo.checkpoint.output_folder import give_name, require_replaceable, require_room
 from megatron_vespo.errors import ConfigError, RunError
 
+MOST_PROCESSES = 8
+BYTES_THAT_PAY = 256 * 1024**2
+"""A process starts in the time in which one converts about this much."""
 SPARE_BYTES = 64 * 1024**2
 """Room for what stands beside the tensors."""
 
@@ -97,7 +100,8 @@ class Conversion(Protocol):
 
 @dataclass(frozen=True)
 class RunSettings:
-    processes: int = 1
+    processes: int | None = None
+    """Of this machine; None takes as many as pay, or one for each of torchrun's ranks."""
     strict: bool = False
     """NaN or Inf is an error."""
     verify_bytes: bool = False
@@ -164,15 +168,23 @@ def _lock(workshop: Path, conversion: Conversion, target: Path, settings: RunSet
 
 def _convert(conversion: Conversion, target: Path, workshop: Path, settings: RunSettings, ranks: Ranks) -> None:
     data, state = workshop / "data", workshop / "state"
+    processes = settings.processes or _processes_that_pay(conversion, ranks)
     todo = ranks.on_first(lambda: _resume_or_begin(conversion, target, data, state))
     mine = ranks.share([file for file in conversion.output_files() if file.name in todo])
     with Bar("writing", sum(file.nbytes for file in mine), shown=ranks.rank == 0) as bar:
         writer = _FileWriter(conversion, data, state, settings.strict)
-        ranks.together(lambda: run_tasks(writer, mine, processes=settings.processes, progress=bar.advance))
+        ranks.together(lambda: run_tasks(writer, mine, processes=processes, progress=bar.advance))
     ranks.on_first(lambda: _finish(conversion, data, state))
     if settings.verify_bytes:
-        _verify(conversion, data, settings, ranks)
+        _verify(conversion, data, processes, ranks)
     ranks.on_first(lambda: _publish(target, workshop))
+
+
+def _processes_that_pay(conversion: Conversion, ranks: Ranks) -> int:
+    if ranks.size > 1:
+        return 1
+    work = sum(file.nbytes for file in conversion.output_files())
+    return min(MOST_PROCESSES, len(os.sched_getaffinity(0)), max(1, work // BYTES_THAT_PAY))
 
 
 def _resume_or_begin(conversion: Conversion, target: Path, data: Path, state: Path) -> set[str]:
@@ -257,11 +269,11 @@ def _sync(path: Path) -> None:
         os.close(file)
 
 
-def _verify(conversion: Conversion, data: Path, settings: RunSettings, ranks: Ranks) -> None:
+def _verify(conversion: Conversion, data: Path, processes: int, ranks: Ranks) -> None:
     mine = ranks.share(conversion.output_files())
     with Bar("verifying", sum(file.nbytes for file in mine), shown=ranks.rank == 0) as bar:
         verifier = conversion.verifier(data)
-        found = ranks.together(lambda: run_tasks(verifier, mine, processes=settings.processes, progress=bar.advance))
+        found = ranks.together(lambda: run_tasks(verifier, mine, processes=processes, progress=bar.advance))
     if different := [name for rank in found for names in rank for name in names]:
         listed = "\n".join(f"  {name}" for name in different)
         raise RunError(f"{conversion.source}: {len(different)} tensors do not come back bit for bit\n{listed}")

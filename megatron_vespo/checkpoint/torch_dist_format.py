@@ -57,11 +57,20 @@ class StoredTensor:
 
 
 def save_piece(stream: BinaryIO, tensor: Tensor) -> tuple[int, int]:
-    """Append `tensor`; (start, length) of what was written. Copies it only if it is a part of another one."""
+    """Append `tensor`; (start, length) of what was written. Copies it only if it is a part of another one.
+
+    Raises:
+        OSError: the file system refused.
+    """
     start = stream.tell()
     if tensor.untyped_storage().nbytes() != tensor.nbytes or not tensor.is_contiguous():
         tensor = tensor.clone(memory_format=torch.contiguous_format)
-    torch.save(tensor, stream)
+    try:
+        torch.save(tensor, stream)
+    except RuntimeError as error:  # torch's writer finds itself in a wrong place after the stream refused
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise
     return start, stream.tell() - start
 
 

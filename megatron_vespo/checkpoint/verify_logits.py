@@ -2,7 +2,10 @@
 
 import math
 import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -25,25 +28,35 @@ TOKENS = 48
 SEED = 0
 
 
-def largest_difference(hf: Path, megatron: Path, layout: LayoutConfig) -> float:
-    """The largest absolute difference of the logits of `TOKENS` random tokens, both models in float32.
+@dataclass(frozen=True)
+class LogitComparison:
+    largest_difference: float
+    """Infinite where only one is NaN, or shapes differ."""
+    largest_logit: float
 
-    Megatron's model runs in as many processes as `layout` takes and loads the checkpoint with Megatron's own
-    `dist_checkpointing.load`. The whole model must fit into memory, in each engine once, one after the other.
+    @property
+    def relative(self) -> float:
+        """The difference in parts of the largest logit, or of 1 if all are smaller: float32 rounds in such parts."""
+        return self.largest_difference / max(1.0, self.largest_logit)
+
+
+def compare_logits(hf: Path, megatron: Path, layout: LayoutConfig) -> LogitComparison:
+    """Logits of `TOKENS` random tokens, both models in float32.
+
+    Megatron's model runs in as many processes as `layout` takes (on a GPU, in one, whatever the layout) and loads the
+    checkpoint with Megatron's own `dist_checkpointing.load`. The model must fit into memory in each engine, one after
+    the other.
     """
     expected = transformers_logits(hf)
+    if torch.cuda.is_available():
+        layout = LayoutConfig()
     ranks = fewest_ranks(layout)
     with tempfile.TemporaryDirectory() as folder, RankPool(ranks, deadline_seconds=3600) as pool:
         pool.run(ranks, megatron_logits, str(hf), str(megatron), layout, folder)
         found = load_file(Path(folder) / "logits.safetensors")["logits"]
-    return difference(found, expected)
-
-
-def difference(found: Tensor, expected: Tensor) -> float:
-    """Infinite where only one is NaN or they differ in shape."""
     if found.shape != expected.shape or bool((found.isnan() != expected.isnan()).any()):
-        return math.inf
-    return float((found - expected).abs().nan_to_num(0).max())
+        return LogitComparison(math.inf, float(expected.abs().max()))
+    return LogitComparison(float((found - expected).abs().nan_to_num(0).max()), float(expected.abs().max()))
 
 
 def tokens(hf: Path) -> Tensor:
@@ -76,7 +89,7 @@ def megatron_logits(
     try:
         model = ModelConfig(path=hf, dtype="float32")
         (chunk,) = build_model(architecture, model, policy, device, temperature=1.0)
-        load_torch_dist(chunk, megatron)
+        load_torch_dist([chunk], megatron)
         logits = _run(chunk, tokens(Path(hf)).to(device.torch_device), architecture.vocab_size)
     finally:
         parallel.leave()
@@ -86,11 +99,13 @@ def megatron_logits(
     return None
 
 
-def load_torch_dist(chunk: PolicyModel, folder: str) -> None:
-    """Fill a model with a checkpoint's weights, through Megatron-Core."""
+def load_torch_dist(chunks: Sequence[PolicyModel], folder: str) -> None:
+    """Fill this rank's part of a model with a checkpoint's weights, through Megatron-Core."""
     metadata = dist_checkpointing.load_content_metadata(folder) or {}
-    sharded = {"model": chunk.sharded_state_dict(metadata=metadata)}
-    chunk.load_state_dict(dist_checkpointing.load(sharded, folder)["model"])  # type: ignore[call-overload]
+    sharded = {f"model{number}": chunk.sharded_state_dict(metadata=metadata) for number, chunk in enumerate(chunks)}
+    loaded: Any = dist_checkpointing.load(sharded, folder)
+    for number, chunk in enumerate(chunks):
+        chunk.load_state_dict(loaded[f"model{number}"])
 
 
 def _run(chunk: PolicyModel, input_ids: Tensor, vocabulary: int) -> Tensor | None:
