@@ -118,10 +118,30 @@ def test_several_processes_write_the_same_files(tmp_path):
         there, back = tmp_path / f"there-{processes}", tmp_path / f"back-{processes}"
         hf_to_megatron(tmp_path / "source", there, ep=2, processes=processes, file_bytes=SMALL)
         megatron_to_hf(there, back, processes=processes, file_bytes=SMALL)
-    for name in ("there", "back"):
-        alone, together = ({p.name: p.read_bytes() for p in (tmp_path / f"{name}-{n}").glob("*.*s*")} for n in (1, 2))
-        assert alone.keys() == together.keys()
-        assert all(alone[file] == together[file] for file in alone if file.endswith((".distcp", ".safetensors")))
+    assert contents_of_files(tmp_path / "there-1") == contents_of_files(tmp_path / "there-2")
+    alone, together = (contents_of_files(tmp_path / f"back-{processes}") for processes in (1, 2))
+    del alone["manifest.json"], together["manifest.json"]  # they name their sources
+    assert alone == together
+
+
+def torchrun(tool: str, *arguments: object) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", TOOLS / tool]
+    return subprocess.run([*command, *arguments], capture_output=True, text=True)
+
+
+def test_ranks_of_torchrun_share_the_files(tmp_path):
+    hf_to_megatron(TINY_BASE, tmp_path / "alone", tp=2, file_bytes=200_000)
+    sizes = ["--file-mb", "0.2", "--verify", "bytes"]
+    there = torchrun("convert_hf_to_megatron.py", "--hf", TINY_BASE, "--out", tmp_path / "there", "--tp", "2", *sizes)
+    assert there.returncode == 0, there.stderr
+    assert contents_of_files(tmp_path / "there") == contents_of_files(tmp_path / "alone")
+    again = torchrun("convert_hf_to_megatron.py", "--hf", TINY_BASE, "--out", tmp_path / "there")
+    assert again.returncode != 0
+    assert "exists already" in again.stderr
+
+
+def contents_of_files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
 def test_manifest_names_and_hashes_what_was_read_and_written(tmp_path):
