@@ -1,7 +1,6 @@
 """A Megatron-Core `torch_dist` checkpoint -> a Hugging Face folder of sharded safetensors."""
 
 import json
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,6 +15,7 @@ from megatron_vespo.checkpoint.conversion_pieces import all_finite
 from megatron_vespo.checkpoint.conversion_plan import bitwise_equal, fingerprint, name_of, row_blocks
 from megatron_vespo.checkpoint.conversion_run import OutputFile, Part
 from megatron_vespo.checkpoint.conversion_workers import Advance
+from megatron_vespo.checkpoint.direct_file import DirectFile
 from megatron_vespo.checkpoint.forms import merge, split
 from megatron_vespo.checkpoint.hf_config import CONFIG_FILE, Architecture, read_architecture, read_config_json
 from megatron_vespo.checkpoint.manifest import TensorHash, TensorRecord, piece_hashes
@@ -96,7 +96,7 @@ class ToHF:
     def write(self, file: OutputFile, path: Path, advance: Advance) -> Part:
         part = Part(file.name)
         reader = PieceReader(self.source, self.stored, self.hashes)
-        with path.open("wb") as stream:
+        with DirectFile(path) as stream:
             writer = RowWriter(stream, self._announced(file))
             for place in file.places:
                 region, read, written = self.where[place.name], TensorHash(), {}
@@ -113,8 +113,6 @@ class ToHF:
                     TensorRecord(name, shape, name_of(self.dtype_of(place)), written[name].hexdigest(), file.name)
                     for name, shape in zip(place.hf_names, place.entry.hf.values(), strict=True)
                 ]
-            stream.flush()
-            os.fsync(stream.fileno())
             part.size = stream.tell()
         return part
 

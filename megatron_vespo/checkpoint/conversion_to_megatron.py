@@ -1,6 +1,5 @@
 """A Hugging Face folder -> a Megatron-Core `torch_dist` checkpoint that every layout loads."""
 
-import os
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -22,6 +21,7 @@ from megatron_vespo.checkpoint.conversion_plan import (
 )
 from megatron_vespo.checkpoint.conversion_run import OutputFile, Part
 from megatron_vespo.checkpoint.conversion_workers import Advance
+from megatron_vespo.checkpoint.direct_file import DirectFile
 from megatron_vespo.checkpoint.forms import split
 from megatron_vespo.checkpoint.hf_config import CONFIG_FILE, Architecture, read_architecture, read_config_json
 from megatron_vespo.checkpoint.manifest import TensorRecord, hash_of
@@ -134,7 +134,7 @@ class ToMegatron:
 
     def write(self, file: OutputFile, path: Path, advance: Advance) -> Part:
         part = Part(file.name)
-        with RowReader(self.headers) as reader, path.open("wb") as stream:
+        with RowReader(self.headers) as reader, DirectFile(path) as stream:
             for place in file.places:
                 source = PlaceSource(reader, self.headers, place, self.dtype_of(place))
                 ranks = self.layout.tp if place.expert is None else self.layout.etp
@@ -153,8 +153,6 @@ class ToMegatron:
                     advance(piece.nbytes)
                 part.source += source.records()
                 part.not_finite += source.not_finite
-            stream.flush()
-            os.fsync(stream.fileno())
             part.size = stream.tell()
         return part
 

@@ -7,11 +7,11 @@ with the header's length, a JSON header with each tensor's dtype, shape and byte
 import json
 import os
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 from torch import Tensor
 
+from megatron_vespo.checkpoint.direct_file import DirectFile
 from megatron_vespo.checkpoint.manifest import as_bytes
 from megatron_vespo.checkpoint.mapping import Shape
 from megatron_vespo.checkpoint.safetensors_folder import TensorHeader
@@ -81,7 +81,7 @@ def _read_into(buffer: memoryview, file: int, start: int, path: Path) -> None:
 class RowWriter:
     """Writes one file. Tensors come in the order that was announced, each in as many row blocks as wanted."""
 
-    def __init__(self, stream: BinaryIO, tensors: dict[str, tuple[Shape, torch.dtype]]):
+    def __init__(self, stream: DirectFile, tensors: dict[str, tuple[Shape, torch.dtype]]):
         """Announce all tensors: name -> (shape, dtype)."""
         header: dict[str, object] = {"__metadata__": {"format": "pt"}}
         position = 0

@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from torch.distributed.checkpoint import metadata as dcp
 from torch.distributed.checkpoint import planner
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 
+from megatron_vespo.checkpoint.direct_file import DirectFile
 from megatron_vespo.checkpoint.mapping import Shape
 from megatron_vespo.checkpoint.torch_dist_names import CONTENT_METADATA
 from megatron_vespo.config import ConfigError
@@ -56,7 +57,7 @@ class StoredTensor:
     pieces: tuple[Piece, ...]
 
 
-def save_piece(stream: BinaryIO, tensor: Tensor) -> tuple[int, int]:
+def save_piece(stream: DirectFile, tensor: Tensor) -> tuple[int, int]:
     """Append `tensor`; (start, length) of what was written. Copies it only if it is a part of another one.
 
     Raises:
@@ -66,7 +67,7 @@ def save_piece(stream: BinaryIO, tensor: Tensor) -> tuple[int, int]:
     if tensor.untyped_storage().nbytes() != tensor.nbytes or not tensor.is_contiguous():
         tensor = tensor.clone(memory_format=torch.contiguous_format)
     try:
-        torch.save(tensor, stream)
+        torch.save(tensor, stream)  # type: ignore[arg-type]
     except RuntimeError as error:  # torch's writer finds itself in a wrong place after the stream refused
         if isinstance(error.__context__, OSError):
             raise error.__context__ from None
