@@ -15,7 +15,7 @@ from megatron_vespo.checkpoint.conversion_pieces import all_finite
 from megatron_vespo.checkpoint.conversion_plan import bitwise_equal, fingerprint, name_of, row_blocks
 from megatron_vespo.checkpoint.conversion_run import OutputFile, Part
 from megatron_vespo.checkpoint.conversion_workers import Advance
-from megatron_vespo.checkpoint.direct_file import DirectFile
+from megatron_vespo.checkpoint.direct_file import DirectWriter
 from megatron_vespo.checkpoint.forms import merge, split
 from megatron_vespo.checkpoint.hf_config import CONFIG_FILE, Architecture, read_architecture, read_config_json
 from megatron_vespo.checkpoint.manifest import TensorHash, TensorRecord, piece_hashes
@@ -95,8 +95,7 @@ class ToHF:
 
     def write(self, file: OutputFile, path: Path, advance: Advance) -> Part:
         part = Part(file.name)
-        reader = PieceReader(self.source, self.stored, self.hashes)
-        with DirectFile(path) as stream:
+        with PieceReader(self.source, self.stored, self.hashes) as reader, DirectWriter(path) as stream:
             writer = RowWriter(stream, self._announced(file))
             for place in file.places:
                 region, read, written = self.where[place.name], TensorHash(), {}
@@ -168,8 +167,8 @@ class HFVerifier:
     def __call__(self, file: OutputFile, advance: Advance) -> list[str]:
         c = self.conversion
         different: list[str] = []
-        stored = PieceReader(c.source, c.stored)
-        with RowReader(read_headers(self.folder).tensors) as written:
+        written_tensors = read_headers(self.folder).tensors
+        with PieceReader(c.source, c.stored) as stored, RowReader(written_tensors) as written:
             for place in file.places:
                 region, dtype, entry = c.where[place.name], c.dtype_of(place), place.entry
                 if entry.form is Form.WHOLE:

@@ -21,7 +21,7 @@ from megatron_vespo.checkpoint.conversion_plan import (
 )
 from megatron_vespo.checkpoint.conversion_run import OutputFile, Part
 from megatron_vespo.checkpoint.conversion_workers import Advance
-from megatron_vespo.checkpoint.direct_file import DirectFile
+from megatron_vespo.checkpoint.direct_file import DirectWriter
 from megatron_vespo.checkpoint.forms import split
 from megatron_vespo.checkpoint.hf_config import CONFIG_FILE, Architecture, read_architecture, read_config_json
 from megatron_vespo.checkpoint.manifest import TensorRecord, hash_of
@@ -134,7 +134,7 @@ class ToMegatron:
 
     def write(self, file: OutputFile, path: Path, advance: Advance) -> Part:
         part = Part(file.name)
-        with RowReader(self.headers) as reader, DirectFile(path) as stream:
+        with RowReader(self.headers) as reader, DirectWriter(path) as stream:
             for place in file.places:
                 source = PlaceSource(reader, self.headers, place, self.dtype_of(place))
                 ranks = self.layout.tp if place.expert is None else self.layout.etp
@@ -192,8 +192,7 @@ class MegatronVerifier:
 
     def __call__(self, file: OutputFile, advance: Advance) -> list[str]:
         different: list[str] = []
-        written = PieceReader(self.folder, self.stored)
-        with RowReader(self.conversion.headers) as source:
+        with RowReader(self.conversion.headers) as source, PieceReader(self.folder, self.stored) as written:
             for place in file.places:
                 for region in self.conversion.regions(place):
                     different += self._differing(place, region, source, written)

@@ -5,13 +5,12 @@ with the header's length, a JSON header with each tensor's dtype, shape and byte
 """
 
 import json
-import os
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from megatron_vespo.checkpoint.direct_file import DirectFile
+from megatron_vespo.checkpoint.direct_file import DirectReader, DirectWriter
 from megatron_vespo.checkpoint.manifest import as_bytes
 from megatron_vespo.checkpoint.mapping import Shape
 from megatron_vespo.checkpoint.safetensors_folder import TensorHeader
@@ -31,7 +30,8 @@ class RowReader:
 
     def __init__(self, tensors: dict[str, TensorHeader]):
         self._tensors = tensors
-        self._files: dict[Path, tuple[int, dict[str, int]]] = {}
+        self._starts: dict[Path, dict[str, int]] = {}
+        self._disk = DirectReader()
 
     def read(self, name: str, rows: slice = slice(None)) -> Tensor:
         """The tensor, or its `rows` (of dimension 0, step 1). Raises ConfigError if the file ends before."""
@@ -39,49 +39,37 @@ class RowReader:
         dtype = DTYPES[header.dtype]
         first, last, _ = rows.indices(header.shape[0])
         tensor = torch.empty((last - first, *header.shape[1:]), dtype=dtype)
-        file, starts = self._open(header.file)
         row_bytes = torch.Size(header.shape[1:]).numel() * dtype.itemsize
-        _read_into(as_bytes(tensor), file, starts[name] + first * row_bytes, header.file)
+        try:
+            start = self._starts_in(header.file)[name] + first * row_bytes
+            self._disk.read_into(header.file, start, as_bytes(tensor))
+        except EOFError as error:
+            raise ConfigError(f"{header.file}: truncated: {error}") from None
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{header.file}: can't be read: {error}") from None
         return tensor
 
-    def _open(self, path: Path) -> tuple[int, dict[str, int]]:
-        """Its descriptor, and where each of its tensors begins."""
-        if path not in self._files:
-            try:
-                file = os.open(path, os.O_RDONLY)
-                length = int.from_bytes(os.pread(file, 8, 0), "little")
-                header = json.loads(os.pread(file, length, 8))
-            except (OSError, ValueError) as error:
-                raise ConfigError(f"{path}: can't be read: {error}") from None
+    def _starts_in(self, path: Path) -> dict[str, int]:
+        """Where each tensor of a file begins."""
+        if path not in self._starts:
+            with path.open("rb") as file:
+                length = int.from_bytes(file.read(8), "little")
+                header = json.loads(file.read(length))
             header.pop("__metadata__", None)
-            self._files[path] = file, {name: 8 + length + entry["data_offsets"][0] for name, entry in header.items()}
-        return self._files[path]
+            self._starts[path] = {name: 8 + length + entry["data_offsets"][0] for name, entry in header.items()}
+        return self._starts[path]
 
     def __enter__(self) -> "RowReader":
         return self
 
     def __exit__(self, *exception: object) -> None:
-        for file, _ in self._files.values():
-            os.close(file)
-        self._files.clear()
-
-
-def _read_into(buffer: memoryview, file: int, start: int, path: Path) -> None:
-    done = 0
-    while done < len(buffer):
-        try:
-            count = os.preadv(file, [buffer[done:]], start + done)
-        except OSError as error:
-            raise ConfigError(f"{path}: can't be read: {error}") from None
-        if count == 0:
-            raise ConfigError(f"{path}: truncated: {start + len(buffer)} bytes expected, {start + done} found")
-        done += count
+        self._disk.__exit__()
 
 
 class RowWriter:
     """Writes one file. Tensors come in the order that was announced, each in as many row blocks as wanted."""
 
-    def __init__(self, stream: DirectFile, tensors: dict[str, tuple[Shape, torch.dtype]]):
+    def __init__(self, stream: DirectWriter, tensors: dict[str, tuple[Shape, torch.dtype]]):
         """Announce all tensors: name -> (shape, dtype)."""
         header: dict[str, object] = {"__metadata__": {"format": "pt"}}
         position = 0

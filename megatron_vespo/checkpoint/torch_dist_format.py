@@ -7,6 +7,7 @@ and `common.pt` with what is not a tensor. Nothing here needs Megatron, process 
 
 import io
 import json
+import os
 import pickle
 from collections import defaultdict
 from collections.abc import Sequence
@@ -20,7 +21,7 @@ from torch.distributed.checkpoint import metadata as dcp
 from torch.distributed.checkpoint import planner
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 
-from megatron_vespo.checkpoint.direct_file import DirectFile
+from megatron_vespo.checkpoint.direct_file import DirectReader, DirectWriter
 from megatron_vespo.checkpoint.mapping import Shape
 from megatron_vespo.checkpoint.torch_dist_names import CONTENT_METADATA
 from megatron_vespo.config import ConfigError
@@ -57,7 +58,7 @@ class StoredTensor:
     pieces: tuple[Piece, ...]
 
 
-def save_piece(stream: DirectFile, tensor: Tensor) -> tuple[int, int]:
+def save_piece(stream: DirectWriter, tensor: Tensor) -> tuple[int, int]:
     """Append `tensor`; (start, length) of what was written. Copies it only if it is a part of another one.
 
     Raises:
@@ -75,27 +76,64 @@ def save_piece(stream: DirectFile, tensor: Tensor) -> tuple[int, int]:
     return start, stream.tell() - start
 
 
-def load_piece(folder: Path, piece: Piece, dtype: torch.dtype) -> Tensor:
-    """Read a piece, as tensors only: nothing else that a file may hold is unpickled.
+class PieceFiles:
+    """Reads pieces of one checkpoint's files. Keeps files open until it is closed, and memory for one piece."""
 
-    Raises:
-        ConfigError: the file is missing, truncated or damaged, or holds another tensor there.
-    """
-    path = folder / piece.file
-    try:
-        with path.open("rb") as stream:
-            stream.seek(piece.start)
-            content = stream.read(piece.length)
-        if len(content) != piece.length:
-            raise ConfigError(f"{path}: truncated: {piece.length} bytes expected at {piece.start}")
-        tensor = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise ConfigError(f"{path}: can't be read: {error}") from None
-    except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
-        raise ConfigError(f"{path}: damaged at byte {piece.start}: {error}") from None
-    if not isinstance(tensor, Tensor) or tuple(tensor.shape) != piece.sizes or tensor.dtype != dtype:
-        raise ConfigError(f"{path}: damaged: another tensor than {METADATA_FILE} says, at byte {piece.start}")
-    return tensor
+    def __init__(self, folder: Path):
+        self._folder = folder
+        self._disk = DirectReader()
+        self._content = bytearray()
+
+    def load(self, piece: Piece, dtype: torch.dtype) -> Tensor:
+        """Read a piece, as tensors only: nothing else that a file may hold is unpickled.
+
+        Raises:
+            ConfigError: the file is missing, truncated or damaged, or holds another tensor there.
+        """
+        path = self._folder / piece.file
+        if len(self._content) < piece.length:
+            self._content = bytearray(piece.length)
+        content = memoryview(self._content)[: piece.length]
+        try:
+            self._disk.read_into(path, piece.start, content)
+            tensor = torch.load(_Window(content), map_location="cpu", weights_only=True)  # type: ignore[arg-type]
+        except OSError as error:
+            raise ConfigError(f"{path}: can't be read: {error}") from None
+        except EOFError as error:
+            raise ConfigError(f"{path}: truncated: {error}") from None
+        except (RuntimeError, pickle.UnpicklingError) as error:
+            raise ConfigError(f"{path}: damaged at byte {piece.start}: {error}") from None
+        if not isinstance(tensor, Tensor) or tuple(tensor.shape) != piece.sizes or tensor.dtype != dtype:
+            raise ConfigError(f"{path}: damaged: another tensor than {METADATA_FILE} says, at byte {piece.start}")
+        return tensor
+
+    def close(self) -> None:
+        self._disk.__exit__()
+
+
+class _Window(io.RawIOBase):
+    """Memory as a file, without a copy (BytesIO makes one)."""
+
+    def __init__(self, content: memoryview):
+        self._content = content
+        self._position = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: len(self._content)}[whence]
+        self._position = base + offset
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        found = self._content[self._position : self._position + len(buffer)]
+        memoryview(buffer)[: len(found)] = found
+        self._position += len(found)
+        return len(found)
 
 
 def write_index(folder: Path, tensors: dict[str, StoredTensor], extra_states: Sequence[str]) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from megatron_vespo.checkpoint.hf_config import Architecture
 from megatron_vespo.checkpoint.manifest import hash_of
 from megatron_vespo.checkpoint.mapping import Place, Shape, Sharding, Table
-from megatron_vespo.checkpoint.torch_dist_format import Piece, StoredTensor, load_piece
+from megatron_vespo.checkpoint.torch_dist_format import Piece, PieceFiles, StoredTensor
 from megatron_vespo.checkpoint.torch_dist_names import MODEL_KEYS, Region, readable_regions
 from megatron_vespo.config import ConfigError
 
@@ -93,6 +93,7 @@ class PieceReader:
         self, folder: str | Path, stored: dict[str, StoredTensor], hashes: dict[tuple[str, Shape], str] | None = None
     ):
         self._folder = Path(folder)
+        self._files = PieceFiles(self._folder)
         self._stored = stored
         self._hashes = hashes or {}
         self._last: tuple[Piece, Tensor] | None = None
@@ -137,9 +138,15 @@ class PieceReader:
         """The last one is kept: row blocks of a large tensor come out of the same piece."""
         if self._last is None or self._last[0] != piece:
             self._last = None
-            tensor = load_piece(self._folder, piece, dtype)
+            tensor = self._files.load(piece, dtype)
             expected = self._hashes.get((key, piece.offset))
             if expected is not None and hash_of(tensor.contiguous()) != expected:
                 raise ConfigError(f"{self._folder / piece.file}: damaged: {key} differs from its hash in the manifest")
             self._last = piece, tensor
         return self._last[1]
+
+    def __enter__(self) -> "PieceReader":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._files.close()
