@@ -30,8 +30,8 @@ from megatron_vespo.errors import ConfigError, RunError
 MOST_PROCESSES = 8
 BYTES_THAT_PAY = 256 * 1024**2
 """A process starts in the time in which one converts about this much."""
-SPARE_BYTES = 64 * 1024**2
-"""Room for what stands beside the tensors."""
+SPARE_BYTES, SPARE_SHARE = 4 * 1024**2, 0.01
+"""Room for what stands beside the tensors: so many bytes, and this share of theirs."""
 
 
 @dataclass(frozen=True)
@@ -174,7 +174,7 @@ def _convert(conversion: Conversion, target: Path, workshop: Path, settings: Run
     with Bar("writing", sum(file.nbytes for file in mine), shown=ranks.rank == 0) as bar:
         writer = _FileWriter(conversion, data, state, settings.strict)
         ranks.together(lambda: run_tasks(writer, mine, processes=processes, progress=bar.advance))
-    ranks.on_first(lambda: _finish(conversion, data, state))
+    ranks.on_first(lambda: _finish(conversion, data, state, settings.strict))
     if settings.verify_bytes:
         _verify(conversion, data, processes, ranks)
     ranks.on_first(lambda: _publish(target, workshop))
@@ -200,7 +200,8 @@ def _resume_or_begin(conversion: Conversion, target: Path, data: Path, state: Pa
     for path in state.iterdir():
         path.unlink()
     shutil.rmtree(data, ignore_errors=True)
-    require_room(target, sum(file.nbytes for file in conversion.output_files()) + SPARE_BYTES)
+    tensor_bytes = sum(file.nbytes for file in conversion.output_files())
+    require_room(target, int(tensor_bytes * (1 + SPARE_SHARE)) + SPARE_BYTES)
     data.mkdir()
     _write_durably(state / "plan.json", json.dumps(plan))
     return names
@@ -247,9 +248,11 @@ def not_finite_message(names: Sequence[str]) -> str:
     return f"{len(names)} tensor{'s hold' if len(names) > 1 else ' holds'} NaN or Inf\n{listed}"
 
 
-def _finish(conversion: Conversion, data: Path, state: Path) -> None:
+def _finish(conversion: Conversion, data: Path, state: Path, strict: bool) -> None:
     parts = [Part.read(_part_of(file.name, state)) for file in conversion.output_files()]
     if names := [name for part in parts for name in part.not_finite]:
+        if strict:  # in files that a run without it had finished
+            raise ConfigError(not_finite_message(names))
         print(f"warning: {not_finite_message(names)}", file=sys.stderr)
     for path in data.glob("*.coming"):  # of a run that was killed
         path.unlink()

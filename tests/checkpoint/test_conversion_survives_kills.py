@@ -1,6 +1,7 @@
 """Killed at any moment, a conversion leaves nothing that is taken for complete, and a rerun finishes it."""
 
 import fcntl
+import json
 import os
 import random
 import signal
@@ -14,6 +15,7 @@ import psutil
 import pytest
 import torch
 from conversion_folders import TINY_BASE, assert_bitwise_equal, tensors_of
+from safetensors.torch import save_file
 from tiny_models import write_tiny_model
 
 from megatron_vespo.checkpoint.conversion import hf_to_megatron, megatron_to_hf
@@ -126,6 +128,19 @@ def test_a_finished_file_that_was_cut_off_is_written_again(hf, tmp_path):
     there(hf, tmp_path / "out")
     back(tmp_path / "out", tmp_path / "back")
     assert_bitwise_equal(tensors_of(tmp_path / "back"), tensors_of(hf))
+
+
+def test_strictness_holds_for_files_that_a_lenient_run_finished(hf, tmp_path):
+    tensors = tensors_of(hf)
+    for tensor in tensors.values():
+        tensor.view(-1)[0] = float("nan")
+    save_file(tensors, hf / "model.safetensors", metadata={"format": "pt"})
+    workshop = interrupted(hf, tmp_path / "out")
+    for path in (workshop / "state").glob("*.distcp.json"):  # as if all had been finished
+        assert json.loads(path.read_text())["not_finite"]
+    with pytest.raises(ConfigError, match="NaN or Inf"):
+        hf_to_megatron(hf, tmp_path / "out", tp=2, ep=2, file_bytes=SMALL, strict=True)
+    assert os.listdir(tmp_path) == ["hf"]
 
 
 def test_two_conversions_of_one_output_do_not_meet(hf, tmp_path):
