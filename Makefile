@@ -4,10 +4,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: quickstart test test-all check format clean
+.PHONY: quickstart compare test test-all check format clean
 
 quickstart: $(STAMP)
 	$(BIN)/megatron-vespo train examples/quickstart.yaml
+
+# VESPO and GRPO at staleness 64, three seeds each; goes on where it was stopped.
+compare: $(STAMP)
+	$(BIN)/megatron-vespo ablate examples/lab/compare.yaml --out runs/compare
 
 test: check
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow"

@@ -26,7 +26,20 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved conf
 
 
 @app.command()
-def train(config: ConfigFile, overrides: Overrides = None, dry_run: DryRun = False) -> None:
+def train(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    dry_run: DryRun = False,
+    resume: Annotated[
+        str,
+        typer.Option(
+            help="Go on with the run in run_dir: never, auto (its newest checkpoint), or a checkpoint's folder."
+        ),
+    ] = "never",
+    allow_changes: Annotated[
+        bool, typer.Option("--allow-changes", help="Resume with settings that change what the run computes.")
+    ] = False,
+) -> None:
     """Reinforcement learning, from a checkpoint to a report."""
     from megatron_vespo.config import TrainConfig, load_config
     from megatron_vespo.config.describe import describe_run
@@ -40,9 +53,9 @@ def train(config: ConfigFile, overrides: Overrides = None, dry_run: DryRun = Fal
     name, algorithm = Path(settings.run_dir).name, settings.algorithm
     with RunConsole(name, algorithm.steps, algorithm.staleness, settings.observability.console) as console:
         console.phase(LOADING)
-        from megatron_vespo.orchestration.synchronous import run_training
+        from megatron_vespo.orchestration.synchronous import Resume, run_training
 
-        what_next = run_training(settings, console)
+        what_next = run_training(settings, console, Resume(resume, allow_changes))
     print(what_next)
 
 
@@ -84,6 +97,30 @@ def evaluate(
 
         result = run_evaluation(settings, checkpoint, output, console)
     print(result)
+
+
+@app.command()
+def ablate(
+    grid: Annotated[Path, typer.Argument(help="YAML with variants, values and seeds.", metavar="GRID")],
+    output: Annotated[Path, typer.Option("--out", help="Folder of the runs and of their comparison.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Settings of every run, as key.path=value.", metavar="[KEY=VALUE]...")
+    ] = None,
+    seeds: Annotated[list[int] | None, typer.Option("--seed", help="Instead of the grid's seeds; repeatable.")] = None,
+    minutes: Annotated[float | None, typer.Option(help="Start no further run after so many minutes.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the runs and stop.")] = False,
+) -> None:
+    """Many runs of one configuration, compared on one page; goes on where it was stopped."""
+    from megatron_vespo.config import AblationConfig, load_config, plan_runs
+
+    settings = load_config(AblationConfig, grid, settings={"seeds": seeds} if seeds else None)
+    planned = plan_runs(settings, grid, output, overrides)
+    if dry_run:
+        print("\n".join(run.config.run_dir for run in planned))
+        return
+    from megatron_vespo.orchestration.ablation import run_ablation
+
+    print(run_ablation(settings.title, planned, output, minutes))
 
 
 @app.command()

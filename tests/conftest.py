@@ -1,14 +1,12 @@
 """Shared by all rooms, each started by the first test that asks for it: one real SGLang server, four trainer ranks."""
 
-import asyncio
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tiny_engine import RunningEngine, tiny_server, write_tiny_qwen3_moe
+from tiny_engine import RunningEngine, running_engine, write_tiny_qwen3_moe
 
 from megatron_vespo.parity.pool import RankPool
-from megatron_vespo.rollout.client import EngineClient
 
 
 @pytest.fixture(scope="session")
@@ -21,16 +19,9 @@ def tiny_qwen3_moe(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def engine(tiny_qwen3_moe, tmp_path_factory) -> Iterator[RunningEngine]:
-    server = tiny_server(tiny_qwen3_moe, tmp_path_factory.mktemp("engine") / "engine.log")
-    loop = asyncio.new_event_loop()
-    server.start()
-    client = EngineClient(server.url, timeout_seconds=120, weights_timeout_seconds=60)
-    try:
-        yield RunningEngine(server, client, tiny_qwen3_moe, loop)
-    finally:
-        loop.run_until_complete(client.close())
-        loop.close()
-        server.stop()
+    log = tmp_path_factory.mktemp("engine") / "engine.log"
+    with running_engine(tiny_qwen3_moe, log) as engine:
+        yield engine
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,8 @@
 """A tiny random model, and a real SGLang server of it."""
 
 import asyncio
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -9,6 +10,7 @@ from typing import TypeVar
 import torch
 
 from megatron_vespo.config import EngineConfig
+from megatron_vespo.parity.case import COMMON, MODELS, write_model
 from megatron_vespo.rollout.client import EngineClient
 from megatron_vespo.rollout.server import EngineServer
 
@@ -21,7 +23,7 @@ VOCAB_SIZE = 300
 
 @dataclass
 class RunningEngine:
-    """A deterministic fp32 server of a tiny random Qwen3-MoE. Leave its weights as you found them."""
+    """An fp32 server of a tiny random model. Leave its weights as you found them."""
 
     server: EngineServer
     client: EngineClient
@@ -64,6 +66,12 @@ def write_tiny_qwen3_moe(folder: Path, seed: int) -> None:
     model.save_pretrained(folder)
 
 
+def write_tiny_architecture(folder: Path, kind: str, *, tied: bool, seed: int, **changes) -> None:
+    """Of `kind`, a key of `MODELS`: "dense" is Qwen3, "llama" has scaled rotary frequencies, as Llama 3.1 to 3.3 do."""
+    sizes = {"vocab_size": VOCAB_SIZE, "num_hidden_layers": 2, "max_position_embeddings": MAX_SEQUENCE_TOKENS}
+    write_model(folder, COMMON | MODELS[kind] | sizes | {"tie_word_embeddings": tied} | changes, seed)
+
+
 def tiny_server(model_path: Path, log_path: Path, **changes) -> EngineServer:
     settings = {
         "model_dtype": "float32",
@@ -74,3 +82,15 @@ def tiny_server(model_path: Path, log_path: Path, **changes) -> EngineServer:
         "device": "cpu",
     }
     return EngineServer(str(model_path), log_path=log_path, **(settings | changes))
+
+
+@contextmanager
+def running_engine(model_path: Path, log_path: Path, **changes) -> Iterator[RunningEngine]:
+    loop = asyncio.new_event_loop()
+    with tiny_server(model_path, log_path, **changes) as server:
+        client = EngineClient(server.url, timeout_seconds=120, weights_timeout_seconds=60)
+        try:
+            yield RunningEngine(server, client, model_path, loop)
+        finally:
+            loop.run_until_complete(client.close())
+            loop.close()

@@ -2,7 +2,9 @@
 
 import shutil
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import torch
@@ -61,6 +63,55 @@ def export_hf_folder(
     _raise_on_every_rank(failure)
 
 
+class BackgroundExport:
+    """A Hugging Face folder, written by a thread of rank 0 while training goes on."""
+
+    def __init__(
+        self, model_chunks: Sequence[Any], architecture: Architecture, source: str | Path, target: str | Path
+    ) -> None:
+        """Every rank calls it. Rank 0 copies the whole model into host memory, and begins to write when it has it.
+
+        A `target` that exists is replaced once the new one is complete.
+        """
+        tensors = gather_hf_tensors(model_chunks, architecture)
+        if dist.get_rank() == 0:
+            copies = [(name, tensor.detach().to("cpu", copy=True)) for name, tensor in tensors]
+        else:
+            copies = []
+            for _ in tensors:
+                pass
+        self._failure: Exception | None = None
+        self._write = partial(
+            write_hf_folder,
+            copies,
+            architecture,
+            source,
+            target,
+            dtype=next(iter(model_chunks[0].parameters())).dtype,
+            overwrite=True,
+        )
+        self._thread = Thread(target=self._run, name="export", daemon=True)
+        if dist.get_rank() == 0:
+            self._thread.start()
+
+    def done(self) -> bool:
+        """Whether this rank has nothing left to write."""
+        return not self._thread.is_alive()
+
+    def finish(self) -> None:
+        """Wait for this rank's writing. Raises ConfigError as `export_hf_folder`."""
+        if self._thread.ident is not None:
+            self._thread.join()
+        if self._failure is not None:
+            raise self._failure
+
+    def _run(self) -> None:
+        try:
+            self._write()
+        except Exception as error:
+            self._failure = error  # raised by `finish`
+
+
 def _raise_on_every_rank(failure: Exception | None) -> None:
     """Raise rank 0's failure: there as it is, elsewhere as a ConfigError or RuntimeError with its message."""
     told: list[Any] = [None if failure is None else (isinstance(failure, ConfigError), str(failure))]
@@ -86,22 +137,22 @@ def write_hf_folder(
     source, target = Path(source), Path(target)
     config = read_config_json(source)
     sizes = tensor_bytes(table_of(architecture).hf_shapes(architecture), dtype)
-    partial = target.parent / f".{target.name}.incomplete"
+    unfinished = target.parent / f".{target.name}.incomplete"
     try:
         require_replaceable(target, source, CONFIG_FILE, overwrite)
         require_room(target, sum(sizes.values()))
-        if partial.exists():  # of an export that was killed
-            shutil.rmtree(partial)
-        partial.mkdir(parents=True)
+        if unfinished.exists():  # of an export that was killed
+            shutil.rmtree(unfinished)
+        unfinished.mkdir(parents=True)
         try:
-            write_config(config, partial, dtype)
-            write_shards(tensors, partial, sizes, dtype, shard_bytes)
-            for file in partial.glob("*.safetensors"):  # safetensors makes them readable by their owner only
-                shutil.copymode(partial / CONFIG_FILE, file)
-            copy_companions(source, partial)
-            give_name(partial, target)
+            write_config(config, unfinished, dtype)
+            write_shards(tensors, unfinished, sizes, dtype, shard_bytes)
+            for file in unfinished.glob("*.safetensors"):  # safetensors makes them readable by their owner only
+                shutil.copymode(unfinished / CONFIG_FILE, file)
+            copy_companions(source, unfinished)
+            give_name(unfinished, target)
         except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
+            shutil.rmtree(unfinished, ignore_errors=True)
             raise
     except (OSError, SafetensorError) as error:
         raise ConfigError(f"{target}: the model can't be written: {error}") from error

@@ -1,6 +1,8 @@
 """Typed settings. Importing this loads neither torch nor ray."""
 
+from megatron_vespo.config.ablation import AblationConfig, PlannedRun, plan_runs
 from megatron_vespo.config.algorithm import AdvantageConfig, AlgorithmConfig, OverlongShaping
+from megatron_vespo.config.checkpoint import CheckpointConfig
 from megatron_vespo.config.data import (
     CustomSource,
     DataConfig,
@@ -28,8 +30,10 @@ from megatron_vespo.config.section import Section
 from megatron_vespo.errors import ConfigError
 
 __all__ = [
+    "AblationConfig",
     "AdvantageConfig",
     "AlgorithmConfig",
+    "CheckpointConfig",
     "ConfigError",
     "CustomSource",
     "DataConfig",
@@ -49,6 +53,7 @@ __all__ = [
     "ObservabilityConfig",
     "OptimizerConfig",
     "OverlongShaping",
+    "PlannedRun",
     "PolicyConfig",
     "ReasoningGymSource",
     "RecomputeConfig",
@@ -63,4 +68,5 @@ __all__ = [
     "TrainConfig",
     "WeightSyncConfig",
     "load_config",
+    "plan_runs",
 ]

@@ -65,6 +65,8 @@ class AlgorithmConfig(Section):
     advantage: AdvantageConfig = AdvantageConfig()
     overlong_shaping: OverlongShaping | None = None
     objective: ObjectiveConfig = Field(default_factory=ObjectiveConfig)
+    gradient_variance_every: int = Field(default=0, ge=0)
+    """Measure the variance of the gradient at each so-many-th optimizer step, which then costs about two; 0: never."""
 
     @property
     def rollout_batch_prompts(self) -> int:
@@ -85,6 +87,8 @@ class AlgorithmConfig(Section):
                 f"{stated} is not staleness * prompts_per_step ({self.staleness} * {self.prompts_per_step} = "
                 f"{self.rollout_batch_prompts}); leave it out to derive it",
             )
+        if self.gradient_variance_every > 0 and self.prompts_per_step < 2:
+            yield "gradient_variance_every", "needs at least 2 groups in a step (prompts_per_step)"
         yield from self._objective_problems()
 
     def _objective_problems(self) -> Iterator[tuple[str, str]]:

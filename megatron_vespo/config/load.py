@@ -29,9 +29,11 @@ KINDS = {key: kinds(union) for key, union in UNIONS.items()}
 C = TypeVar("C", bound=Section)
 
 
-def load_config(kind: type[C], path: str | Path, overrides: list[str] | None = None) -> C:
-    """Read `path` and the files it is based on, apply `overrides` ("algorithm.staleness=8"; values are YAML), and
-    validate as `kind`.
+def load_config(
+    kind: type[C], path: str | Path, overrides: list[str] | None = None, settings: dict[str, Any] | None = None
+) -> C:
+    """Read `path` and the files it is based on, change what `settings` ({"algorithm.staleness": 8}) and then `overrides`
+    ("algorithm.staleness=8"; values are YAML) say, and validate as `kind`.
 
     Raises:
         ConfigError: one line per mistake, each with the key's path.
@@ -39,6 +41,8 @@ def load_config(kind: type[C], path: str | Path, overrides: list[str] | None = N
     path = Path(path)
     values = with_base(path, ())
     values = without_aliases(values)
+    for key, value in (settings or {}).items():
+        apply_setting(values, key, value)
     for override in overrides or []:
         apply_override(values, override)
     try:
@@ -103,39 +107,44 @@ def without_aliases(node: Any) -> Any:
 
 
 def apply_override(values: dict[str, Any], override: str) -> None:
-    """Set one `a.b.c=value` in nested mappings, in place; list items by number (`data.sources.0.task=...`)."""
+    """Set one `a.b.c=value`, in place."""
     key, separator, text = override.partition("=")
     if not separator or not key:
         raise ConfigError(f"override '{override}' is not of the form key.path=value")
-    *parents, last = key.split(".")
-    node: Any = values
-    for name in parents:
-        node = _child(node, name, override)
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"override '{override}': the value is not YAML: {error}") from None
+    apply_setting(values, key, value)
+
+
+def apply_setting(values: dict[str, Any], key: str, value: Any) -> None:
+    """Set `a.b.c` in nested mappings, in place; list items by number (`data.sources.0.task`)."""
+    *parents, last = key.split(".")
+    node: Any = values
+    for name in parents:
+        node = _child(node, name, key)
     if isinstance(node, list):
-        node[_index(node, last, override)] = value
+        node[_index(node, last, key)] = value
     elif isinstance(node, dict):
         node[last] = value
     else:
-        raise ConfigError(f"override '{override}': what stands before .{last} is not a group of settings")
+        raise ConfigError(f"override '{key}': what stands before .{last} is not a group of settings")
 
 
-def _child(node: Any, name: str, override: str) -> Any:
+def _child(node: Any, name: str, key: str) -> Any:
     if isinstance(node, list):
-        return node[_index(node, name, override)]
+        return node[_index(node, name, key)]
     if not isinstance(node, dict):
-        raise ConfigError(f"override '{override}': what stands before .{name} is not a group of settings")
+        raise ConfigError(f"override '{key}': what stands before .{name} is not a group of settings")
     if node.get(name) is None:
         node[name] = {}
     return node[name]
 
 
-def _index(node: list, name: str, override: str) -> int:
+def _index(node: list, name: str, key: str) -> int:
     if not name.isdigit() or int(name) >= len(node):
-        raise ConfigError(f"override '{override}': '{name}' is not one of the {len(node)} list positions")
+        raise ConfigError(f"override '{key}': '{name}' is not one of the {len(node)} list positions")
     return int(name)
 
 

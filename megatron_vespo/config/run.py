@@ -6,6 +6,7 @@ from typing import Literal
 from pydantic import Field, PositiveFloat, PositiveInt
 
 from megatron_vespo.config.algorithm import AlgorithmConfig
+from megatron_vespo.config.checkpoint import CheckpointConfig
 from megatron_vespo.config.data import DataConfig, ExcludedPrompts, RewardConfig, Source
 from megatron_vespo.config.model import ModelConfig, OptimizerConfig
 from megatron_vespo.config.policy import PolicyConfig
@@ -21,8 +22,8 @@ class EvaluationConfig(Section):
     samples_per_prompt: PositiveInt = 1
     """k of avg@k and pass@k."""
     sampling: SamplingConfig = SamplingConfig()
-    every_batches: int = Field(default=0, ge=0)
-    """Also evaluate after each so many rollout batches; 0: only before and after."""
+    every_steps: int = Field(default=0, ge=0)
+    """Also evaluate after each so many optimizer steps, within a rollout batch too; 0: only before and after."""
     seed: int = 1_000_003
     """Of the held-out prompts; training prompts are drawn from the run's seed."""
     exclude: tuple[ExcludedPrompts, ...] = ()
@@ -62,6 +63,7 @@ class TrainConfig(Section):
     policy: PolicyConfig = PolicyConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     weight_sync: WeightSyncConfig = WeightSyncConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     observability: ObservabilityConfig = ObservabilityConfig()
 

@@ -139,7 +139,7 @@ def difference_diagnostics(sums: Mapping[str, float], prefix: str) -> dict[str, 
 def token_diagnostics(sums: Mapping[str, float]) -> dict[str, float]:
     """Per-token means of the rest of `LossMetrics.sums`: entropies always; what the step did not have is left out."""
     tokens = max(sums["tokens"], 1)
-    row = {"entropy/behavior": sums["old_entropy"] / tokens}
+    row = {"entropy/old_policy": sums["old_entropy"] / tokens}
     for name, key in (
         ("entropy/current", "entropy"),
         ("kl_reference/k1", "kl_k1"),

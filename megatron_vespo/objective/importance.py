@@ -47,11 +47,19 @@ def sequence_log_weight(
 
 
 class NotFiniteError(ValueError):
-    """A log-prob that no policy can have given to a token that was sampled. `sequence`: index in the packed batch."""
+    """A log-prob that no policy can have given to a token that was sampled.
 
-    def __init__(self, sequence: int, found: list[str]) -> None:
-        super().__init__(f"trajectory {sequence} of this batch: " + (", ".join(found) or "log-probs are not finite"))
+    `sequence`: index in the packed batch. `found`: what was found there.
+    """
+
+    def __init__(self, sequence: int, found: list[str], of: str = "this batch") -> None:
+        super().__init__(f"trajectory {sequence} of {of}: " + (", ".join(found) or "log-probs are not finite"))
         self.sequence = sequence
+        self.found = found
+
+    def in_step(self, key: int) -> "NotFiniteError":
+        """The same of the whole step, where the trajectory's number is `key`."""
+        return NotFiniteError(key, self.found, of="this step")
 
 
 def require_finite(log_weight: Tensor, packed: Packed, **log_probs: Tensor) -> None:

@@ -4,6 +4,9 @@ document.getElementById("theme").addEventListener("click", () => {
   root.dataset.theme = root.dataset.theme === "dark" ? "light" : "dark";
 });
 
+// Colours of what the reader switched off (a page with a legend to click fills it).
+const switchedOff = new Set();
+
 function addHover(area) {
   const series = JSON.parse(area.dataset.hover);
   if (!series.length) return;
@@ -13,12 +16,13 @@ function addHover(area) {
   area.addEventListener("pointermove", (event) => {
     const box = area.getBoundingClientRect();
     const at = ((event.clientX - box.left) / box.width) * 1000;
+    const shown = series.filter(({ colour }) => !switchedOff.has(colour));
     let nearest = null;
-    for (const { points } of series)
+    for (const { points } of shown)
       for (const point of points) if (!nearest || Math.abs(point[0] - at) < Math.abs(nearest[0] - at)) nearest = point;
     if (!nearest) return;
     tip.replaceChildren(Object.assign(document.createElement("b"), { textContent: nearest[1] }));
-    for (const { name, colour, points } of series) {
+    for (const { name, colour, points } of shown) {
       const point = points.find((candidate) => candidate[0] === nearest[0]);
       if (!point) continue;
       const line = tip.appendChild(document.createElement("div"));

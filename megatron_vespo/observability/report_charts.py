@@ -83,7 +83,7 @@ def signal(run: RunFolder) -> Figure | None:
 
 def entropy(run: RunFolder) -> Figure | None:
     rows = run.kind("step")
-    values = column(rows, "entropy/behavior")
+    values = column(rows, "entropy/old_policy")
     if not any(value is not None for value in values):
         return None
     plot = Plot(step_axis(run), linear_axis(values, "nats a token", include=[0.0]), "entropy over steps")

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from tensorboard.compat.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue] - generated when imported
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue] - generated when imported
 from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
 from tensorboard.plugins.histogram.summary_v2 import histogram_pb
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
@@ -20,8 +20,11 @@ class TensorBoardSink:
     A number becomes the scalar `<kind>/<name>` at its step; text is left to metrics.jsonl. Vectors become histograms.
     """
 
-    def __init__(self, folder: str | Path):
+    def __init__(self, folder: str | Path, resumed_after: int | None = None):
         self.writer = EventFileWriter(str(folder))
+        if resumed_after is not None:
+            start = SessionLog(status=SessionLog.START)
+            self.writer.add_event(Event(wall_time=time.time(), step=resumed_after + 1, session_log=start))
 
     def write(self, row: Row) -> None:
         values = [

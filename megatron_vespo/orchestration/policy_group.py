@@ -18,28 +18,31 @@ from megatron_vespo.policy.layout_fit import packing_rules
 from megatron_vespo.policy.packing import pack_step, report_packing
 from megatron_vespo.policy.result import StepResult, TokenScores, merge
 
+PART = "policy"
+
 
 class PolicyGroup:
-    def __init__(
-        self, config: TrainConfig | SFTConfig, architecture: Architecture, runtime: Runtime, gpus_per_rank: int
-    ) -> None:
-        self._config = config
-        self._packing = packing_rules(architecture, config.policy)
+    def __init__(self, ranks: int, runtime: Runtime, gpus_per_rank: int) -> None:
+        """Starts the processes; there is a model once `build` was awaited."""
         self._supervisor = runtime.supervisor
-        runtime.on_stop("policy", self.stop)
+        runtime.on_stop(PART, self.stop)
         self.ranks = [
-            PolicyRank.options(**actor_options(gpus_per_rank)).remote(  # pyright: ignore[reportAttributeAccessIssue]
-                rank, config.model, config.policy, config.optimizer
-            )
-            for rank in range(config.policy.ranks)
+            PolicyRank.options(**actor_options(gpus_per_rank)).remote(rank)  # pyright: ignore[reportAttributeAccessIssue]
+            for rank in range(ranks)
         ]
         for rank, actor in enumerate(self.ranks):
-            runtime.supervisor.watch(f"policy rank {rank}", actor.hold.remote())
+            runtime.supervisor.watch(f"{PART} rank {rank}", actor.hold.remote())
 
-    async def build(self, total_steps: int, seed: int, temperature: float) -> None:
+    async def build(
+        self, config: TrainConfig | SFTConfig, architecture: Architecture, total_steps: int, temperature: float
+    ) -> None:
+        """Build the model of `config` (of as many ranks as were started) and load its weights: at first, and again
+        whenever another run shall use these processes."""
+        self._timeout_seconds = config.policy.step_timeout_seconds
+        self._packing = packing_rules(architecture, config.policy)
         port = await self.on_first("open the trainer's port", lambda actor: actor.listen_for_ranks.remote())
         self._share_of_rank: list[int] = await self.on_all(
-            "start policy", lambda actor, _: actor.build.remote(port, total_steps, seed, temperature)
+            "start policy", lambda actor, _: actor.build.remote(port, config, total_steps, temperature)
         )
 
     async def train_step(self, sequences: list[TrainingSequence], objective: ObjectiveConfig | None) -> StepResult:
@@ -53,6 +56,15 @@ class PolicyGroup:
             "train a step", lambda actor, rank: actor.train_step.remote(shares[self._share_of_rank[rank]], objective)
         )
         return replace(merge(results), packing=report_packing(step, self._packing))
+
+    async def gradient_norm(self, sequences: list[TrainingSequence], objective: ObjectiveConfig) -> tuple[float, int]:
+        """Norm of the gradient that a step on `sequences` alone would have, and the denominator of its loss."""
+        shares = [ray.put(share) for share in pack_step(sequences, self._packing)]
+        answers = await self.on_all(
+            "measure a gradient",
+            lambda actor, rank: actor.gradient_norm.remote(shares[self._share_of_rank[rank]], objective),
+        )
+        return answers[0]
 
     async def score(
         self, sequences: list[TrainingSequence], *, with_entropy: bool = False, reference: bool = False
@@ -69,15 +81,18 @@ class PolicyGroup:
         by_key = {key: scores for part in parts for key, scores in part.items()}
         return [by_key[sequence.key] for sequence in sequences]
 
-    async def on_all(self, what: str, call: Callable[[Any, int], ObjectRef]) -> list:
-        """`call(actor, rank)` on every rank; all answers in their order, within `policy.step_timeout_seconds`."""
-        calls = [from_part(f"policy rank {rank}", call(actor, rank)) for rank, actor in enumerate(self.ranks)]
-        return await self._supervisor.wait(what, all_of(*calls), self._config.policy.step_timeout_seconds)
+    async def on_all(self, what: str, call: Callable[[Any, int], ObjectRef], seconds: float | None = None) -> list:
+        """`call(actor, rank)` on every rank; all answers in their order.
+
+        `seconds`: the deadline; None: `policy.step_timeout_seconds`.
+        """
+        calls = [from_part(f"{PART} rank {rank}", call(actor, rank)) for rank, actor in enumerate(self.ranks)]
+        return await self._supervisor.wait(what, all_of(*calls), seconds or self._timeout_seconds)
 
     async def on_first(self, what: str, call: Callable[[Any], ObjectRef]) -> Any:
         """`call(actor)` on rank 0 alone."""
-        answer = from_part("policy rank 0", call(self.ranks[0]))
-        return await self._supervisor.wait(what, answer, self._config.policy.step_timeout_seconds)
+        answer = from_part(f"{PART} rank 0", call(self.ranks[0]))
+        return await self._supervisor.wait(what, answer, self._timeout_seconds)
 
     async def stop(self) -> None:
         """Ranks hold nothing that outlives them, so they are simply ended."""

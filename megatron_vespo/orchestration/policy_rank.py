@@ -3,16 +3,19 @@
 import socket
 import threading
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 
-from megatron_vespo.config import ModelConfig, ObjectiveConfig, OptimizerConfig, PolicyConfig
+from megatron_vespo.config import ObjectiveConfig, SFTConfig, TrainConfig
 from megatron_vespo.orchestration.cluster import LOOPBACK
 from megatron_vespo.policy.batch import MicroBatch
 from megatron_vespo.policy.result import StepResult, TokenScores
 from megatron_vespo.rendezvous import listen, port_of
 from megatron_vespo.weights.buckets import Bucket, TensorSpec
+
+if TYPE_CHECKING:  # Megatron is imported in the actor alone
+    from megatron_vespo.policy.schedule import LossFunction
 
 WEIGHT_GROUP = "megatron_vespo_weights"
 
@@ -21,44 +24,48 @@ WEIGHT_GROUP = "megatron_vespo_weights"
 class PolicyRank:
     """Rank `rank` of `policy.ranks`. Methods that talk to other ranks must be called on all of them."""
 
-    def __init__(self, rank: int, model: ModelConfig, policy: PolicyConfig, optimizer: OptimizerConfig) -> None:
+    def __init__(self, rank: int) -> None:
         self._rank = rank
-        self._model_config = model
-        self._policy_config = policy
-        self._optimizer_config = optimizer
         self._listener: socket.socket | None = None
         self._sender: Any = None
+        self._policy: Any = None
 
     def listen_for_ranks(self) -> int:
         """Rank 0 only. Returns the port where the other ranks meet it."""
         self._listener = listen(LOOPBACK)
         return port_of(self._listener)
 
-    def build(self, port: int, total_steps: int, seed: int, temperature: float) -> int:
-        """Join the other ranks, build the model and load its weights. Returns which share of a step is this rank's."""
+    def build(self, port: int, config: TrainConfig | SFTConfig, total_steps: int, temperature: float) -> int:
+        """Join the other ranks, build the model and load its weights; what was built before is let go.
+
+        Returns which share of a step is this rank's.
+        """
         from megatron_vespo.checkpoint.hf_config import read_architecture
         from megatron_vespo.checkpoint.load import load_hf_weights
         from megatron_vespo.policy.policy import MegatronPolicy
 
-        folder = Path(self._model_config.path)
+        if self._policy is not None:
+            self._policy.close()
+        folder, policy = Path(config.model.path), config.policy
+        self._model_path = config.model.path
         self._architecture = read_architecture(folder)
         self._policy = MegatronPolicy(
             architecture=self._architecture,
-            model=self._model_config,
-            policy=self._policy_config,
-            optimizer=self._optimizer_config,
+            model=config.model,
+            policy=policy,
+            optimizer=config.optimizer,
             total_steps=total_steps,
-            seed=seed,
+            seed=config.seed,
             rank=self._rank,
-            world_size=self._policy_config.ranks,
+            world_size=policy.ranks,
             master=self._listener or (LOOPBACK, port),
             temperature=temperature,
         )
-        reference = self._policy_config.reference
+        reference = policy.reference
         if reference is not None and reference.path is not None:
             load_hf_weights(self._policy.model, self._architecture, reference.path)
             self._policy.freeze_reference(reference.offload)
-        if self._model_config.initialization == "pretrained":
+        if config.model.initialization == "pretrained":
             load_hf_weights(self._policy.model, self._architecture, folder)
             self._policy.weights_were_loaded()
         if reference is not None and reference.path is None:
@@ -67,11 +74,33 @@ class PolicyRank:
 
     def train_step(self, micro_batches: list[MicroBatch], objective: ObjectiveConfig | None) -> StepResult:
         """One optimizer step; `objective` None is supervised training."""
+        return self._policy.train_step(micro_batches, *self._loss(objective))
+
+    def begin_save(self, folder: str) -> None:
+        """Copy the training state; a thread writes it into `folder` from now on."""
+        self._saving = self._policy.begin_save(Path(folder))
+
+    def saved(self) -> bool:
+        """Whether this rank has written its part."""
+        return self._saving.done()
+
+    def finish_save(self) -> None:
+        """Wait until it has, and let all ranks together write what belongs to the whole."""
+        self._saving.finish()
+
+    def load_saved(self, folder: str, step: int) -> None:
+        self._policy.load_saved(Path(folder), step)
+
+    def gradient_norm(self, micro_batches: list[MicroBatch], objective: ObjectiveConfig) -> tuple[float, int]:
+        """Of a step that is not taken, and the denominator of its loss."""
+        return self._policy.gradient_norm(micro_batches, *self._loss(objective))
+
+    def _loss(self, objective: ObjectiveConfig | None) -> "tuple[LossFunction, bool]":
+        """And whether it needs entropies."""
         from megatron_vespo.policy.losses import loss_function
 
         loss = loss_function(objective, self._policy.context_parallel_group)
-        with_entropy = objective is not None and objective.entropy_coefficient > 0
-        return self._policy.train_step(micro_batches, loss, with_entropy=with_entropy)
+        return loss, objective is not None and objective.entropy_coefficient > 0
 
     def score(self, micro_batches: list[MicroBatch], with_entropy: bool, reference: bool) -> dict[int, TokenScores]:
         """Scores of labels by key, of this rank's share on one of the share's ranks."""
@@ -94,6 +123,10 @@ class PolicyRank:
 
         self._sender = CollectiveSender(LOOPBACK, WEIGHT_GROUP)
         return self._sender.port
+
+    def disconnect_engines(self) -> None:
+        """Rank 0 only."""
+        self._sender.close()
 
     def connect_engines(self, world_size: int, backend: str, timeout_seconds: float) -> None:
         self._sender.connect(world_size=world_size, backend=backend, timeout_seconds=timeout_seconds)
@@ -122,8 +155,21 @@ class PolicyRank:
 
         self._policy.settle_parameters()
         export_hf_folder(
-            self._policy.model, self._architecture, source=self._model_config.path, target=folder, overwrite=overwrite
+            self._policy.model, self._architecture, source=self._model_path, target=folder, overwrite=overwrite
         )
+
+    def begin_export(self, folder: str) -> None:
+        """As `export`, but rank 0 writes in the background, a copy of the weights of now."""
+        from megatron_vespo.checkpoint.export import BackgroundExport
+
+        self._policy.settle_parameters()
+        self._exporting = BackgroundExport(self._policy.model, self._architecture, self._model_path, folder)
+
+    def exported(self) -> bool:
+        return self._exporting.done()
+
+    def finish_export(self) -> None:
+        self._exporting.finish()
 
     @ray.method(concurrency_group="sentinel")
     def hold(self) -> None:

@@ -60,12 +60,23 @@ def check_engine(
     model_path: str, model_dtype: str, architecture: Architecture, data: DataConfig, rollout: RolloutConfig
 ) -> None:
     """Raises ConfigError where SGLang would not serve this model with these settings."""
+    if architecture.is_moe:
+        check_experts_of_engine(model_path, architecture)
+    EngineServer(**engine_settings(model_path, model_dtype, data, rollout, seed=0, logs=Path()))
+
+
+def check_experts_of_engine(model_path: str, architecture: Architecture) -> None:
+    """Raises ConfigError for what SGLang 0.5.23's Qwen3MoeForCausalLM ignores in a config.json, without a word."""
     if architecture.tied_embeddings:
         raise ConfigError(
             f"{model_path}/config.json: tie_word_embeddings is true, and SGLang's {architecture.architecture} has an "
             "output layer of its own: save the model with tie_word_embeddings false and lm_head.weight written out"
         )
-    EngineServer(**engine_settings(model_path, model_dtype, data, rollout, seed=0, logs=Path()))
+    if not all(architecture.moe_layers):
+        raise ConfigError(
+            f"{model_path}/config.json: mlp_only_layers or decoder_sparse_step make some layers dense, and SGLang's "
+            f"{architecture.architecture} has experts in every layer: it can't sample from this model (sft can train it)"
+        )
 
 
 def check_functions(algorithm: AlgorithmConfig) -> None:

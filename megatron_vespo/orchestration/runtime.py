@@ -24,7 +24,7 @@ class Runtime:
         self.supervisor = Supervisor()
         self._cluster = LocalCluster(processes)
         self._folder = folder
-        self._stops: list[tuple[str, Callable[[], Awaitable[None]]]] = []
+        self._stops: dict[str, Callable[[], Awaitable[None]]] = {}
 
     @property
     def logs(self) -> Path:
@@ -44,7 +44,12 @@ class Runtime:
         return self
 
     def on_stop(self, part: str, stop: Callable[[], Awaitable[None]]) -> None:
-        self._stops.append((part, stop))
+        self._stops[part] = stop
+
+    async def stop_part(self, part: str) -> None:
+        """Stop one part now, on purpose; nothing is waited for from it any more."""
+        self.supervisor.forget(part)
+        await self._stop_part(part, self._stops.pop(part), time.monotonic() + STOP_SECONDS)
 
     async def __aexit__(self, kind, error: BaseException | None, trace) -> None:
         if error is not None:
@@ -60,7 +65,9 @@ class Runtime:
         self.supervisor.forget()
         deadline = time.monotonic() + STOP_SECONDS
         try:
-            await asyncio.gather(*(self._stop_part(part, stop, deadline) for part, stop in reversed(self._stops)))
+            await asyncio.gather(
+                *(self._stop_part(part, stop, deadline) for part, stop in reversed(self._stops.items()))
+            )
         finally:
             self._cluster.stop(keep_logs_in=self.logs / "ray" if failed else None)
 

@@ -1,8 +1,6 @@
-"""Everything of one training run that lives: started together, handed to the loop, summed up at the end."""
+"""Everything of one training run that lives: handed to the loop, summed up at the end."""
 
-import asyncio
 import time
-from collections.abc import Awaitable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -10,17 +8,10 @@ from megatron_vespo.config import TrainConfig
 from megatron_vespo.data.prompts import PromptStream
 from megatron_vespo.observability.console import RunConsole
 from megatron_vespo.observability.sinks import Metrics
-from megatron_vespo.orchestration.cluster import communication_backend, gpus_per_process
-from megatron_vespo.orchestration.engine import Engine, engine_settings
 from megatron_vespo.orchestration.policy_group import PolicyGroup
-from megatron_vespo.orchestration.preflight import Prepared
-from megatron_vespo.orchestration.runtime import Runtime
 from megatron_vespo.orchestration.sampler import Sampler
-from megatron_vespo.orchestration.supervision import all_of
 from megatron_vespo.orchestration.weight_updater import WeightUpdater
-from megatron_vespo.rewards.grader import STARTUP_SECONDS
-from megatron_vespo.rewards.pool import RewardPool
-from megatron_vespo.rollout.trajectory import Prompt
+from megatron_vespo.rollout.trajectory import Prompt, Trajectory
 
 
 @dataclass
@@ -49,9 +40,18 @@ class Tally:
 
 
 @dataclass
+class Progress:
+    """Where the run is."""
+
+    step: int = 0
+    """Optimizer steps done."""
+    mini_batches: list[list[Trajectory]] = field(default_factory=list)
+    """Of the current rollout batch, those that are not yet trained on."""
+
+
+@dataclass
 class Session:
     config: TrainConfig
-    folder: Path
     sampler: Sampler
     policy: PolicyGroup
     weights: WeightUpdater
@@ -60,15 +60,27 @@ class Session:
     metrics: Metrics
     console: RunConsole
     tally: Tally = field(default_factory=Tally)
+    progress: Progress = field(default_factory=Progress)
+    started: float = field(default_factory=time.monotonic)
+    elapsed_before: float = 0.0
+    """Seconds of the parts of this run before it was resumed."""
+
+    @property
+    def elapsed_seconds(self) -> float:
+        return self.elapsed_before + time.monotonic() - self.started
 
     def record(self, kind: str, step: int, values: dict) -> None:
         """Write a row of metrics and show it."""
         self.console.update(self.metrics.write(kind, step, values))
 
-    def evaluation_due(self, batch: int) -> bool:
-        """After rollout batch `batch`; the one after the last is the evaluation "after"."""
-        every, algorithm = self.config.evaluation.every_batches, self.config.algorithm
-        return every > 0 and (batch + 1) % every == 0 and (batch + 1) * algorithm.staleness < algorithm.steps
+    def evaluation_due(self) -> bool:
+        """After this optimizer step; the one after the last is the evaluation "after"."""
+        every, step = self.config.evaluation.every_steps, self.progress.step
+        return every > 0 and step % every == 0 and step < self.config.algorithm.steps
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.config.run_dir)
 
     @property
     def checkpoint_folder(self) -> Path:
@@ -77,67 +89,5 @@ class Session:
     async def export_checkpoint(self) -> None:
         self.console.phase("exporting the checkpoint")
         await self.policy.on_all(
-            "export the checkpoint", lambda actor, _: actor.export.remote(str(self.checkpoint_folder), overwrite=False)
+            "export the checkpoint", lambda actor, _: actor.export.remote(str(self.checkpoint_folder), overwrite=True)
         )
-
-
-async def start_session(
-    runtime: Runtime, config: TrainConfig, prepared: Prepared, folder: Path, metrics: Metrics, console: RunConsole
-) -> Session:
-    """Start the engine, the trainer and the graders side by side, and connect trainer and engine."""
-    console.phase("starting engine, trainer and graders")
-    engine_config = config.rollout.engine
-    gpus = gpus_per_process(config.policy.ranks + engine_config.tensor_parallel)
-    settings = engine_settings(
-        config.model.path, config.model.dtype, config.data, config.rollout, config.seed, runtime.logs
-    )
-    engine = Engine(runtime, settings, gpus * engine_config.tensor_parallel, config.weight_sync.timeout_seconds)
-    policy = PolicyGroup(config, prepared.architecture, runtime, gpus)
-    grader = RewardPool(config.reward, config.data, config.evaluation.sources, runtime.logs / "graders.log")
-    runtime.on_stop("graders", lambda: asyncio.to_thread(grader.close))
-
-    async def timed(part: str, work: Awaitable):
-        started = time.monotonic()
-        result = await work
-        seconds = time.monotonic() - started
-        console.event(f"{part} ready after {seconds:.1f} s")
-        metrics.write("phase", 0, {"phase": f"start {part}", "time/seconds": seconds})
-        return result
-
-    client, _, _ = await all_of(
-        timed("engine", engine.start()),
-        timed("policy", policy.build(config.algorithm.steps, config.seed, config.rollout.sampling.temperature)),
-        # The pool has its own deadline and a better message for it; this one is for what keeps it from answering.
-        timed(
-            "graders", runtime.supervisor.wait("start graders", asyncio.to_thread(grader.start), 2 * STARTUP_SECONDS)
-        ),
-    )
-    weights = WeightUpdater(
-        policy,
-        client,
-        runtime.supervisor,
-        config.weight_sync,
-        engine_ranks=engine_config.tensor_parallel,
-        engine_dtype=engine_config.dtype or config.model.dtype,
-        backend=communication_backend(gpus),
-    )
-    await timed("weight transport", weights.connect())
-    return Session(
-        config=config,
-        folder=folder,
-        sampler=Sampler(
-            client,
-            grader,
-            prepared.tokenizer,
-            prepared.architecture.vocab_size,
-            config.rollout,
-            runtime.supervisor,
-            console,
-        ),
-        policy=policy,
-        weights=weights,
-        prompts=prepared.prompts,
-        held_out=prepared.held_out,
-        metrics=metrics,
-        console=console,
-    )

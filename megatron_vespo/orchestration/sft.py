@@ -36,8 +36,8 @@ def run_sft(config: SFTConfig, console: RunConsole) -> Path:
     async def main() -> None:
         console.phase("starting the trainer")
         async with Runtime(config.policy.ranks, folder) as runtime:
-            policy = PolicyGroup(config, architecture, runtime, gpus_per_process(config.policy.ranks))
-            await policy.build(config.steps, config.seed, temperature=1.0)
+            policy = PolicyGroup(config.policy.ranks, runtime, gpus_per_process(config.policy.ranks))
+            await policy.build(config, architecture, config.steps, temperature=1.0)
             await supervise(config, policy, demonstrations, metrics, console)
             console.phase("exporting the checkpoint")
             target = str(folder / "checkpoint")

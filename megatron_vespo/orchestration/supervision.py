@@ -34,11 +34,10 @@ class Supervisor:
         """`sentinel`: a call into that part that returns only when the part fails."""
         self._sentinels[part] = asyncio.ensure_future(_resolve(sentinel))
 
-    def forget(self) -> None:
-        """Stop watching: the parts are about to be stopped on purpose."""
-        for sentinel in self._sentinels.values():
-            sentinel.cancel()
-        self._sentinels.clear()
+    def forget(self, part: str = "") -> None:
+        """Stop watching `part` (and its ranks), or all: they are about to be stopped on purpose."""
+        for name in [name for name in self._sentinels if name.startswith(part)]:
+            self._sentinels.pop(name).cancel()
 
     async def wait(self, what: str, work: Awaitable[T], seconds: float) -> T:
         """The result of `work`.

@@ -11,51 +11,62 @@ from megatron_vespo.objective.diagnostics import (
 )
 from megatron_vespo.objective.kernels import largest_coefficient
 from megatron_vespo.observability.console import RunConsole
+from megatron_vespo.orchestration.checkpoints import Checkpoints
 from megatron_vespo.orchestration.evaluation import evaluate
+from megatron_vespo.orchestration.exports import Exports
+from megatron_vespo.orchestration.gradient_noise import gradient_noise, measure_parts
 from megatron_vespo.orchestration.mini_batches import mini_batches, packing_figures, training_sequences
 from megatron_vespo.orchestration.rescoring import engine_mismatch
 from megatron_vespo.orchestration.rollouts import collect_rollouts
 from megatron_vespo.orchestration.session import Session
-from megatron_vespo.orchestration.training_run import run_training_loop
+from megatron_vespo.orchestration.training_run import Resume, run_training_loop
 from megatron_vespo.rollout.trajectory import Trajectory
 
 
-def run_training(config: TrainConfig, console: RunConsole) -> str:
+def run_training(config: TrainConfig, console: RunConsole, resume: Resume) -> str:
     """`megatron-vespo train`: everything from the checks to the report. Returns what to tell the user at the end."""
-    return run_training_loop(config, console, train)
+    return run_training_loop(config, console, train, resume)
 
 
 async def train(session: Session) -> None:
-    algorithm = session.config.algorithm
-    await sync_weights(session, step=0)
-    await evaluate(session, "before", step=0)
+    algorithm, progress = session.config.algorithm, session.progress
+    checkpoints, exports = Checkpoints(session), Exports(session)
+    if progress.step == 0:
+        await evaluate_policy(session, "before")
 
-    for batch in range(algorithm.steps // algorithm.staleness):
-        step = batch * algorithm.staleness
-        groups = await collect_rollouts(session, batch, weight_version=step)
-        for mini_batch, trajectories in enumerate(mini_batches(groups, algorithm.prompts_per_step)):
-            await train_step(session, trajectories, batch, mini_batch)
-        await sync_weights(session, step + algorithm.staleness)
-        if session.evaluation_due(batch):
-            await evaluate(session, "during", step + algorithm.staleness)
+    while progress.step < algorithm.steps:
+        if not progress.mini_batches:
+            await sync_weights(session)
+            groups = await collect_rollouts(session, progress.step // algorithm.staleness, progress.step)
+            progress.mini_batches = list(mini_batches(groups, algorithm.prompts_per_step))
+        await train_step(session, progress.mini_batches.pop(0))
+        if session.evaluation_due():
+            await evaluate_policy(session, "during")
+        await checkpoints.after_step()
+        await exports.after_step()
 
-    await evaluate(session, "after", algorithm.steps)
+    await evaluate_policy(session, "after")
+    await checkpoints.settle(wait=True)
+    await exports.settle(wait=True)
     await session.export_checkpoint()
 
 
-async def train_step(session: Session, trajectories: list[Trajectory], batch: int, mini_batch: int) -> None:
+async def train_step(session: Session, trajectories: list[Trajectory]) -> None:
     """One optimizer step. Before it the trainer is `mini_batch` steps ahead of the weights that sampled."""
-    algorithm = session.config.algorithm
+    algorithm, progress = session.config.algorithm, session.progress
+    batch, mini_batch = divmod(progress.step, algorithm.staleness)
     session.console.phase("training")
     session.console.progress(mini_batch, algorithm.staleness, "steps", f"batch {batch + 1}")
+    step = progress.step + 1
+    parts = await measure_parts(session, trajectories, step)
     started = time.monotonic()
     report = await session.policy.train_step(
         training_sequences(trajectories, algorithm.old_policy), algorithm.objective
     )
     assert report.packing is not None
     seconds = time.monotonic() - started
+    progress.step = step
 
-    step = batch * algorithm.staleness + mini_batch + 1
     trained = sum(len(t.prompt.token_ids) + len(t.response_ids) - 1 for t in trajectories)
     sequences = {name: values.double().numpy() for name, values in report.sequences.items()}
     weights = weight_diagnostics(sequences, largest_coefficient(algorithm.objective.kernel))
@@ -69,6 +80,10 @@ async def train_step(session: Session, trajectories: list[Trajectory], batch: in
             sums, spread = engine_mismatch(trajectories)
         session.tally.add_step(trained, sums)
         differences = {**difference_diagnostics(sums, "mismatch"), "alarm/mismatch": mismatch_alarm(spread)}
+        if differences["alarm/mismatch"]:
+            session.console.event(
+                f"ALARM: engine and trainer disagree: std(log W) is {spread:.2f} at equal weights (docs/metrics.md)"
+            )
     session.record(
         "step",
         step,
@@ -82,6 +97,7 @@ async def train_step(session: Session, trajectories: list[Trajectory], batch: in
             **weights,
             **differences,
             **token_diagnostics(report.sums),
+            **gradient_noise(parts, report),
             **packing_figures(report.packing),
             "tokens/trained": trained,
             "time/train": seconds,
@@ -95,8 +111,17 @@ async def train_step(session: Session, trajectories: list[Trajectory], batch: in
     )
 
 
-async def sync_weights(session: Session, step: int) -> None:
-    """Bring the weights after `step` optimizer steps to the engine, as weight version `step`."""
+async def evaluate_policy(session: Session, when: str) -> None:
+    """With the trainer's weights of now. What the engine sampled before is not touched by that."""
+    await sync_weights(session)
+    await evaluate(session, when, session.progress.step)
+
+
+async def sync_weights(session: Session) -> None:
+    """Bring the trainer's weights to the engine, as weight version `step`, unless it has them."""
+    step = session.progress.step
+    if session.weights.weight_version == step:
+        return
     session.console.phase("syncing weights")
     report = await session.weights.sync(weight_version=step)
     session.record(

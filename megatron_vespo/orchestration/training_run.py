@@ -1,24 +1,41 @@
 """A training run from the checks to the report, around whatever loop trains."""
 
+import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_vespo.config import TrainConfig
 from megatron_vespo.observability.console import RunConsole
 from megatron_vespo.observability.open_metrics import open_metrics
 from megatron_vespo.observability.report import write_report
+from megatron_vespo.observability.sinks import Metrics
 from megatron_vespo.observability.summary import write_summary
+from megatron_vespo.orchestration.checkpoints import disk_bytes, step_of
 from megatron_vespo.orchestration.interruption import run_interruptible
-from megatron_vespo.orchestration.preflight import prepare_training
+from megatron_vespo.orchestration.parts import Parts
+from megatron_vespo.orchestration.preflight import Prepared, prepare_training
+from megatron_vespo.orchestration.resume import continue_run_folder, find_checkpoint, restore
 from megatron_vespo.orchestration.run_folder import create_run_folder
 from megatron_vespo.orchestration.runtime import Runtime
-from megatron_vespo.orchestration.session import Session, start_session
+from megatron_vespo.orchestration.session import Session
 
 Loop = Callable[[Session], Awaitable[None]]
 
 
-def run_training_loop(config: TrainConfig, console: RunConsole, loop: Loop) -> str:
+@dataclass(frozen=True)
+class Resume:
+    """What the command line says about going on with a run."""
+
+    point: str = "never"
+    """`never`, `auto` (the newest complete checkpoint, or from the start) or a checkpoint's folder."""
+    allow_changes: bool = False
+    """Also with settings that change what the run computes."""
+
+
+def run_training_loop(config: TrainConfig, console: RunConsole, loop: Loop, resume: Resume) -> str:
     """Check, start, run `loop`, stop; write summary.json and report.html also when it fails.
 
     Returns:
@@ -29,34 +46,80 @@ def run_training_loop(config: TrainConfig, console: RunConsole, loop: Loop) -> s
         RunError: the run failed or was stopped; everything of it is gone but its folder.
     """
     started = time.monotonic()
+    checkpoint = find_checkpoint(config, resume.point)
     prepared = prepare_training(config)
-    folder = create_run_folder(config, config.run_dir, config.overwrite, prepared.checkpoint_bytes)
-    sessions: list[Session] = []
+    if checkpoint is not None:
+        folder = continue_run_folder(config, checkpoint, resume.allow_changes, console)
+    else:
+        # Without a complete checkpoint there is nothing in a run of ours to go on with.
+        overwrite = config.overwrite or resume.point == "auto"
+        folder = create_run_folder(config, config.run_dir, overwrite, disk_bytes(config, prepared.checkpoint_bytes))
 
     async def main() -> None:
         console.phase("starting Ray")
         async with Runtime(config.policy.ranks + 1, folder) as runtime:
-            session = await start_session(runtime, config, prepared, folder, metrics, console)
-            sessions.append(session)
-            await loop(session)
+            await run_once(Parts(runtime), config, prepared, record, console, loop, checkpoint)
             console.phase("stopping")
 
+    with recorded(config, folder, console, started, checkpoint) as record:
+        run_interruptible(main)
+    return _what_next(folder)
+
+
+@dataclass
+class Record:
+    """Where a run writes, and what its summary is made of once it has started."""
+
+    metrics: Metrics
+    session: Session | None = None
+
+
+@contextmanager
+def recorded(
+    config: TrainConfig, folder: Path, console: RunConsole, started: float, checkpoint: Path | None = None
+) -> Iterator[Record]:
+    """Around a run in `folder`: metrics are open, and however it ends, summary.json and report.html are written.
+
+    `started`: time.monotonic() when the run began. `checkpoint`: where it goes on.
+    """
+
     def write_outputs(status: str) -> Path:
-        if sessions:
-            write_summary(folder, summary(sessions[0], status, time.monotonic() - started))
+        if record.session is not None:
+            elapsed = record.session.elapsed_before + time.monotonic() - started
+            write_summary(folder, summary(record.session, status, elapsed))
         return write_report(folder)
 
-    with open_metrics(folder, config.observability.tensorboard) as metrics:
+    resumed_after = None if checkpoint is None else step_of(checkpoint)
+    with open_metrics(folder, config.observability.tensorboard, resumed_after) as metrics:
+        record = Record(metrics)
         try:
-            run_interruptible(main)
-        except Exception as error:
+            yield record
+        except (Exception, asyncio.CancelledError) as error:
+            cause = str(error) or "stopped"
             try:
-                console.event(f"what there is of the run: {write_outputs(f'failed: {error}')}")
+                console.event(f"what there is of the run: {write_outputs(f'failed: {cause}')}")
             except Exception as second:
                 # The run's own failure is the one to be told last.
                 console.event(f"the report could not be written: {second}")
             raise
-    return _what_next(folder, write_outputs("finished"))
+    write_outputs("finished")
+
+
+async def run_once(
+    parts: Parts,
+    config: TrainConfig,
+    prepared: Prepared,
+    record: Record,
+    console: RunConsole,
+    loop: Loop,
+    checkpoint: Path | None = None,
+) -> None:
+    """`checkpoint`: where to go on."""
+    console.phase("starting engine, trainer and graders")
+    record.session = await parts.session(config, prepared, record.metrics, console)
+    if checkpoint is not None:
+        await restore(record.session, checkpoint)
+    await loop(record.session)
 
 
 def summary(session: Session, status: str, wall_seconds: float) -> dict:
@@ -76,9 +139,10 @@ def summary(session: Session, status: str, wall_seconds: float) -> dict:
     }
 
 
-def _what_next(folder: Path, report: Path) -> str:
+def _what_next(folder: Path) -> str:
     return (
-        f"\nreport       {report}\nsummary      {folder / 'summary.json'}\ncheckpoint   {folder / 'checkpoint'}\n"
+        f"\nreport       {folder / 'report.html'}\nsummary      {folder / 'summary.json'}\n"
+        f"checkpoint   {folder / 'checkpoint'}\n"
         f"metrics      {folder / 'metrics.jsonl'}, explained in docs/metrics.md\n\n"
         f"Next: open the report in a browser; evaluate the checkpoint on tasks of your choice with\n"
         f"  megatron-vespo eval {folder / 'checkpoint'} examples/tiny_base.eval.yaml\n"

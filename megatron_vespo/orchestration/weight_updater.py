@@ -43,6 +43,8 @@ class WeightUpdater:
         self._engine_dtype = engine_dtype
         self._backend = backend
         self._buckets: list[Bucket] = []
+        self.weight_version: int | None = None
+        """That the engine holds, as far as this object brought it there."""
         self.syncs = 0
         self.mismatches = 0
         """Tensors found different on the engine, over all verifications."""
@@ -69,6 +71,14 @@ class WeightUpdater:
         specs = await self._policy.on_all("list the tensors", lambda actor, _: actor.tensor_specs.remote())
         self._buckets = plan_buckets(specs[0], int(self._config.bucket_mb * 2**20))
 
+    async def disconnect(self) -> None:
+        """Take the group apart, so that another can be built with the same engine and the same trainer processes."""
+        leaving = all_of(
+            self._policy.on_first("leave the weight group", lambda actor: actor.disconnect_engines.remote()),
+            self._client.destroy_weights_update_group(WEIGHT_GROUP),
+        )
+        await self._supervisor.wait("part trainer and engine", leaving, self._config.timeout_seconds)
+
     async def sync(self, weight_version: int) -> SyncReport:
         """Send all weights as `weight_version`, empty the engine's caches, and verify when it is due.
 
@@ -83,6 +93,7 @@ class WeightUpdater:
         flushed = clock()
         due = self.syncs % self._config.verify_every == 0
         self.syncs += 1
+        self.weight_version = weight_version
         if due:
             await self.verify()
         return SyncReport(

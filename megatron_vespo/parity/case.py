@@ -3,7 +3,7 @@
 import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -62,6 +62,7 @@ class Case:
     architecture: Architecture
     steps: list[list[TrainingSequence]]
     """The sequences of each optimizer step, keys 0 .. n - 1."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optimizer: OptimizerConfig = field(
         default_factory=lambda: OptimizerConfig(

@@ -78,7 +78,7 @@ def score(rank: int, world_size: int, port: int, case: Case, policy: PolicyConfi
 def joined(rank: int, world_size: int, port: int, case: Case, policy: PolicyConfig) -> Iterator[MegatronPolicy]:
     trainer = MegatronPolicy(
         case.architecture,
-        ModelConfig(path=str(case.folder), dtype="float32"),
+        ModelConfig(path=str(case.folder), dtype=case.dtype),
         policy,
         case.optimizer,
         total_steps=len(case.steps),

@@ -3,6 +3,7 @@
 import contextlib
 import socket
 import time
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -23,6 +24,7 @@ from megatron_vespo.policy.model import PolicyModel, build_model
 from megatron_vespo.policy.optimizer import build_optimizer, build_scheduler
 from megatron_vespo.policy.packing import FILLER_KEY
 from megatron_vespo.policy.result import StepResult, TokenScores, reduce_metrics
+from megatron_vespo.policy.saved_state import Saving, begin_save, load_saved
 from megatron_vespo.policy.schedule import (
     LossFunction,
     LossOutput,
@@ -69,6 +71,7 @@ class MegatronPolicy:
         self.data_parallel_rank = parallel.data_parallel_rank()
         self.context_parallel_group = parallel.context_parallel_group()
         self._settings = policy
+        self._rank = rank
         self._frozen: FrozenWeights | None = None
         self._bare = build_model(architecture, model, policy, self.device, temperature)
         if model.initialization == "random":
@@ -95,9 +98,7 @@ class MegatronPolicy:
             for chunk in self.model:
                 chunk.start_param_sync(force_sync=True)
 
-    def train_step(
-        self, micro_batches: list[MicroBatch], loss: LossFunction, *, with_entropy: bool = False
-    ) -> StepResult:
+    def train_step(self, micro_batches: list[MicroBatch], loss: LossFunction, with_entropy: bool = False) -> StepResult:
         """Forward, backward and one optimizer step. Every rank needs the same number of micro-batches, at least one.
 
         `with_entropy`: the loss gets the entropy of every distribution too, with its gradient.
@@ -108,23 +109,15 @@ class MegatronPolicy:
             ValueError: the ranks' numbers of micro-batches differ, or a loss without gradient.
             RuntimeError: a gradient is not finite (from Megatron); the weights are unchanged.
         """
-        require_equal_counts(len(micro_batches), self.device.torch_device)
         learning_rate = self.optimizer.param_groups[0]["lr"]
         started = time.perf_counter()
-        for chunk in self.model:
-            if not chunk.training:  # it walks through all modules
-                chunk.train()
-            chunk.zero_grad_buffer()
-        self.optimizer.zero_grad()
-        with self._entropy(with_entropy):
-            outputs = forward_and_backward(self.model, micro_batches, loss, self.device.torch_device)
+        told = self._backward(micro_batches, loss, with_entropy)
         forward_backward_done = time.perf_counter()
         succeeded, gradient_norm, _ = self.optimizer.step()  # type: ignore[misc]
         if not succeeded:
             raise RuntimeError("Megatron's optimizer refused this step: gradients are not finite")
         self.scheduler.step(1)
         optimizer_done = time.perf_counter()
-        told = outputs if parallel.holds_scores() else []
         numerator, denominator = self._global_sums(told)
         sums, sequences, keys = reduce_metrics([self._own_part(output) for output in told])
         return StepResult(
@@ -138,6 +131,22 @@ class MegatronPolicy:
             sequences=sequences,
             keys=keys,
         )
+
+    def gradient_norm(
+        self, micro_batches: list[MicroBatch], loss: LossFunction, with_entropy: bool = False
+    ) -> tuple[float, int]:
+        """As `train_step`, but nothing is learned.
+
+        Returns:
+            Global norm of the gradient, and the denominator of the loss: the same on every rank.
+
+        Raises:
+            ValueError, RuntimeError: as `train_step`.
+        """
+        told = self._backward(micro_batches, loss, with_entropy)
+        if self.optimizer.prepare_grads():
+            raise RuntimeError("gradients are not finite")
+        return float(self.optimizer.get_grad_norm()), int(self._global_sums(told)[1])
 
     def score(
         self, micro_batches: list[MicroBatch], *, with_entropy: bool = False, reference: bool = False
@@ -163,10 +172,35 @@ class MegatronPolicy:
         first = self.context_parallel_group is None or self.context_parallel_group.rank() == 0
         return scores if parallel.holds_scores() and first else {}
 
+    def begin_save(self, folder: Path) -> Saving:
+        """Begin to write the training state of now into `folder`, which exists; training may go on meanwhile.
+
+        What is returned tells when this rank's files are written; `finish` it on all ranks together.
+        """
+        self.settle_parameters()
+        return begin_save(self.model, self.optimizer, folder, self._rank)
+
+    def load_saved(self, folder: Path, step: int) -> None:
+        """The state that was saved after `step` steps, in whatever layout, in place of a freshly built policy's."""
+        load_saved(self.model, self.optimizer, folder, self._rank, step)
+        self.scheduler.step(step)
+
     def close(self) -> None:
         """Leave the other ranks. The object is of no use afterwards."""
         _release(self.model)
         parallel.leave()
+
+    def _backward(self, micro_batches: list[MicroBatch], loss: LossFunction, with_entropy: bool) -> list[LossOutput]:
+        """The step's gradient, reduced over ranks. Returns what the losses told, on ranks that hold scores."""
+        require_equal_counts(len(micro_batches), self.device.torch_device)
+        for chunk in self.model:
+            if not chunk.training:  # it walks through all modules
+                chunk.train()
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        with self._entropy(with_entropy):
+            outputs = forward_and_backward(self.model, micro_batches, loss, self.device.torch_device)
+        return outputs if parallel.holds_scores() else []
 
     def _weights(self, reference: bool) -> contextlib.AbstractContextManager[None]:
         if not reference:

@@ -105,9 +105,12 @@ def test_a_source_of_unknown_type_is_refused(config_file):
     assert "data.sources.0" in mistakes(path=path)
 
 
-@pytest.mark.parametrize("override", ["seed", "=3", "seed.x=1", "data.sources.7.task=a"])
-def test_a_malformed_override_is_named(override):
-    assert override in mistakes(override)
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [("seed", "seed"), ("=3", "=3"), ("seed.x=1", "seed.x"), ("data.sources.7.task=a", "data.sources.7.task")],
+)
+def test_a_malformed_override_is_named(override, named):
+    assert f"override '{named}'" in mistakes(override)
 
 
 def test_missing_and_unreadable_files_are_named(tmp_path):

@@ -114,7 +114,7 @@ def test_entropies_and_divergences_are_means_over_tokens():
     chosen = data.response_mask
     difference = (data.log_probs - data.old_log_probs)[chosen]
     assert row["entropy/current"] == pytest.approx(1.25)
-    assert row["entropy/behavior"] == pytest.approx(float(-data.old_log_probs[chosen].mean()))
+    assert row["entropy/old_policy"] == pytest.approx(float(-data.old_log_probs[chosen].mean()))
     assert row["drift/mean_abs"] == pytest.approx(float(difference.abs().mean()))
     assert row["drift/k1"] == pytest.approx(float(-difference.mean()))
     assert row["drift/k3"] == pytest.approx(float((difference.exp() - 1 - difference).mean()))
@@ -182,21 +182,22 @@ def test_the_alarm_rings_above_half(std, alarm):
 def test_the_variance_of_a_gradient_is_estimated_without_bias():
     """Sums of M independent vectors, very often, against the variance that is known."""
     generator = np.random.default_rng(0)
-    micro_batches, dimensions, scale = 4, 10, 0.7
+    count, dimensions, scale = 4, 10, 0.7
     mean = np.linspace(-1, 1, dimensions)
     found = []
     for _ in range(4000):
-        parts = mean + scale * generator.standard_normal((micro_batches, dimensions))
-        total = float((parts.sum(0) ** 2).sum())
-        found.append(gradient_variance([float((part**2).sum()) for part in parts], total)["gradient/variance"])
-    assert statistics.fmean(found) == pytest.approx(micro_batches * dimensions * scale**2, rel=0.02)
+        parts = mean + scale * generator.standard_normal((count, dimensions))
+        # alone, a part of 3 of the step's 12 tokens has a gradient 4 times as large as what it adds to the step's
+        alone = [(4 * float(np.linalg.norm(part)), 3.0) for part in parts]
+        found.append(gradient_variance(alone, float(np.linalg.norm(parts.sum(0))), 12.0)["gradient/variance"])
+    assert statistics.fmean(found) == pytest.approx(count * dimensions * scale**2, rel=0.02)
 
 
-def test_equal_micro_batches_have_no_variance():
-    row = gradient_variance([4.0, 4.0], 16.0)
+def test_equal_parts_have_no_variance():
+    row = gradient_variance([(4.0, 1), (4.0, 1)], 4.0, 2)
     assert row == {"gradient/variance": 0.0, "gradient/noise_share": 0.0}
     with pytest.raises(ValueError, match="at least two"):
-        gradient_variance([1.0], 1.0)
+        gradient_variance([(1.0, 1)], 1.0, 1)
 
 
 def test_every_number_is_explained():
@@ -209,4 +210,4 @@ def test_every_number_is_explained():
         engine_log_weights=zeros,
     )
     assert row.keys() <= documented
-    assert gradient_variance([1.0, 1.0], 2.0).keys() <= documented
+    assert gradient_variance([(1.0, 1), (1.0, 1)], 1.0, 2).keys() <= documented

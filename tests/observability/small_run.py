@@ -81,10 +81,12 @@ def step_row(batch: int, age: int) -> dict:
         "variance/kernel": 0.9,
         "variance/importance": 1.1,
         "variance/bound": 1.5,
+        "gradient/variance": 0.02,
+        "gradient/noise_share": 0.4,
         "ess": 1.0 - 0.2 * age,
         **{f"{'mismatch' if age == 0 else 'drift'}/{name}": value for name, value in difference.items()},
         **({"alarm/mismatch": False} if age == 0 else {}),
-        "entropy/behavior": 0.5,
+        "entropy/old_policy": 0.5,
         "entropy/current": 0.5,
         "kl_reference/k1": 0.01,
         "kl_reference/k3": 0.01,
@@ -100,6 +102,10 @@ def sync_row(step: int) -> dict:
     times = {"sync": 0.4, "send": 0.2, "flush": 0.1, "verify": 0.1}
     row = {"weight_version": step, "bytes": 1_000_000, "buckets": 1, "verified": True, "mismatches": 0}
     return {**row, **{f"time/{name}": seconds for name, seconds in times.items()}}
+
+
+def checkpoint_row(step: int) -> dict:
+    return {"time/copy": 0.1, "time/written": 0.1 * step, "bytes": 3_000_000}
 
 
 def evaluation_row(when: str, accuracy: float) -> dict:

@@ -1,7 +1,7 @@
 import re
 from pathlib import Path
 
-from small_run import evaluation_row, rollout_row, step_row, sync_row
+from small_run import checkpoint_row, evaluation_row, rollout_row, step_row, sync_row
 
 DOCS = Path(__file__).parents[2] / "docs" / "metrics.md"
 
@@ -22,5 +22,6 @@ def test_every_metric_of_a_row_is_documented_and_nothing_else():
         "step": set(step_row(0, 0)) | set(step_row(0, 1)),
         "sync": set(sync_row(0)),
         "evaluation": set(evaluation_row("before", 0.5)),
+        "checkpoint": set(checkpoint_row(5)),
         "phase": {"phase", "time/seconds"},
     }

@@ -14,7 +14,7 @@ SHORT = (
     *("algorithm.steps=8", "algorithm.prompts_per_step=4", "rollout.group_size=4", "observability.console=plain"),
     *(
         "evaluation.prompts=24",
-        "evaluation.every_batches=1",
+        "evaluation.every_steps=3",
         "weight_sync.verify_every=2",
         "weight_sync.bucket_mb=0.25",
     ),
@@ -62,7 +62,9 @@ def test_the_summary_tells_what_happened(runs):
     assert summary["status"] == "finished" and summary["steps"] == len(steps) == 8 and summary["staleness"] == 4
     assert summary["generated_tokens"] == sum(row["response/tokens"] for row in rollouts)
     assert summary["trained_tokens"] == sum(row["tokens/trained"] for row in steps)
-    assert summary["weight_syncs"] == 3 and summary["weight_sync_mismatches"] == 0
+    assert summary["weight_syncs"] == 5 and summary["weight_sync_mismatches"] == 0
+    assert [row["step"] for row in rows(runs[0], "evaluation")] == [0, 3, 6, 8]
+    assert [row["weight_version"] for row in rows(runs[0], "sync")] == [0, 3, 4, 6, 8]
     accuracies = {row["when"]: row["accuracy"] for row in rows(runs[0], "evaluation")}
     assert summary["eval_accuracy_before"] == accuracies["before"] > 0.2
     assert summary["eval_accuracy_after"] == accuracies["after"] and "during" in accuracies
@@ -80,8 +82,7 @@ def test_engine_and_trainer_agree_at_equal_versions_and_drift_apart_between(runs
 
 
 def test_weights_are_verified_at_the_start_and_when_due(runs):
-    assert [row["verified"] for row in rows(runs[0], "sync")] == [True, False, True]
-    assert [row["weight_version"] for row in rows(runs[0], "sync")] == [0, 4, 8]
+    assert [row["verified"] for row in rows(runs[0], "sync")] == [True, False, True, False, True]
 
 
 def test_every_row_has_exactly_the_documented_names(runs):

@@ -12,6 +12,7 @@ SETTINGS = (
     "algorithm.objective.entropy_coefficient=0.001",
     "algorithm.advantage.zero_variance_groups=filter",
     "policy.reference={}",
+    "algorithm.gradient_variance_every=4",
 )
 
 
@@ -35,6 +36,13 @@ def test_the_mismatch_is_the_engines_though_weights_are_against_the_trainer(step
     assert 1e-8 < steps[0]["mismatch/mean_abs"] < 1e-5
     assert "mismatch/mean_abs" not in steps[1] and steps[1]["drift/mean_abs"] > 1e-5
     assert steps[0]["alarm/mismatch"] is False
+
+
+def test_the_variance_of_the_gradient_is_measured_when_it_is_due(steps):
+    assert [row["step"] for row in steps if "gradient/variance" in row] == [4, 8]
+    for row in (steps[3], steps[7]):
+        assert 0 < row["gradient/variance"] < 1e3 * row["grad_norm"] ** 2
+        assert row["gradient/noise_share"] == pytest.approx(row["gradient/variance"] / row["grad_norm"] ** 2)
 
 
 def test_the_reference_is_where_the_run_started(steps):

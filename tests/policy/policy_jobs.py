@@ -128,6 +128,17 @@ def logits(policy: MegatronPolicy, micro_batch: MicroBatch) -> Tensor:
     return policy.model[0](ids, positions, None, packed_seq_params=packing)[0]
 
 
+def gradient_norm(
+    rank: int, world_size: int, port: int, setup: Setup, batches: list[list[MicroBatch]]
+) -> tuple[tuple[float, int], bool]:
+    """And whether the weights are what they were."""
+    with joined(rank, world_size, port, setup) as policy:
+        before = weights_of(policy)
+        found = policy.gradient_norm(batches[rank], per_token)
+        after = weights_of(policy)
+        return found, all(torch.equal(after[name], before[name]) for name in before)
+
+
 @dataclass
 class Trained:
     results: list[StepResult]

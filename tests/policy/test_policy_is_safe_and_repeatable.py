@@ -1,6 +1,7 @@
 """The same inputs give the same bits; wrong ones say so and change nothing."""
 
 import math
+from dataclasses import replace
 
 import policy_examples
 import policy_jobs
@@ -8,8 +9,12 @@ import policy_reference
 import pytest
 import torch
 
-from megatron_vespo.config import OptimizerConfig
+from megatron_vespo.config import ObjectiveConfig, OptimizerConfig
+from megatron_vespo.objective.importance import NotFiniteError
+from megatron_vespo.policy.batch import pack
+from megatron_vespo.policy.losses import loss_function
 from megatron_vespo.policy.packing import PackingRules, pack_step
+from megatron_vespo.policy.result import TokenScores
 
 ARCHITECTURE = policy_examples.architecture()
 SEQUENCES = policy_examples.sequences([30, 12, 25, 8, 19, 40, 3, 16])
@@ -82,3 +87,13 @@ def test_random_policy_starts_near_uniform(ranks):
     batches = pack_step(SEQUENCES, PackingRules(ranks=1, token_budget=200))
     (answer,) = ranks.run(1, policy_jobs.train, policy_jobs.Setup(ARCHITECTURE), [batches])
     assert math.isfinite(answer.results[0].gradient_norm)
+
+
+def test_a_log_prob_that_cannot_be_names_its_trajectory_in_the_step():
+    sequences = [replace(SEQUENCES[key], key=key) for key in (5, 2, 7)]
+    broken = sequences[1].old_log_probs.copy()
+    broken[-1] = -math.inf
+    micro_batch = pack([sequences[0], replace(sequences[1], old_log_probs=broken), sequences[2]])
+    log_probs = torch.full((len(micro_batch.input_ids),), -1.0, requires_grad=True)
+    with pytest.raises(NotFiniteError, match="trajectory 2 of this step: old_log_probs of its response token"):
+        loss_function(ObjectiveConfig())(TokenScores(log_probs), micro_batch)

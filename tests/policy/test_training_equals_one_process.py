@@ -84,6 +84,21 @@ def test_loss_and_every_gradient(ranks, world_size, ep, distributed_optimizer, b
 
 
 @pytest.mark.parametrize(("world_size", "ep"), [(1, 1), (2, 2)])
+def test_the_norm_of_a_gradient_is_found_without_learning(ranks, world_size, ep):
+    architecture = policy_examples.architecture()
+    model = float64_reference(architecture)
+    setup = policy_jobs.Setup(architecture, policy_reference.rank_weights(model, architecture, world_size, ep), ep=ep)
+    batches = UNEQUAL_COUNTS if world_size == 2 else [UNEQUAL_COUNTS[0] + UNEQUAL_COUNTS[1]]
+    _, count = reference_backward(model, sequences_in(batches))
+    gradients = policy_reference.named_gradients(model)
+    expected = torch.cat([gradient.flatten() for gradient in gradients.values()]).norm().item()
+    for (norm, denominator), unchanged in ranks.run(world_size, policy_jobs.gradient_norm, setup, batches):
+        assert norm == pytest.approx(expected, rel=FP32)
+        assert denominator == count
+        assert unchanged
+
+
+@pytest.mark.parametrize(("world_size", "ep"), [(1, 1), (2, 2)])
 def test_updates_over_several_steps(ranks, world_size, ep):
     """AdamW with clipping, decay but for the exempt, warm-up and a linear schedule, as torch.optim.AdamW has them."""
     architecture = policy_examples.architecture()

@@ -1,14 +1,11 @@
-import asyncio
-
 import pytest
 import torch
 from broadcast import group_with, update
 from rollouts import collect, random_prompts, sampled
 from safetensors.torch import load_file
-from tiny_engine import RunningEngine, tiny_server, write_tiny_qwen3_moe
+from tiny_engine import running_engine, write_tiny_qwen3_moe
 
 from megatron_vespo.config import RolloutConfig
-from megatron_vespo.rollout.client import EngineClient
 from megatron_vespo.rollout.fused_checksums import compare_checksums, expected_checksums
 from megatron_vespo.rollout.generate import ResponseError
 
@@ -68,12 +65,8 @@ def test_an_updated_engine_equals_a_cold_one(engine, restored, other_weights, tm
     assert not any(updated[key] == before[key] for key in before)
     assert sampled(collect(engine, prompts[::-1], rollout, weight_version=4)) == updated
 
-    with tiny_server(other_weights, tmp_path / "cold.log", weight_version=4) as server:
-        loop = asyncio.new_event_loop()
-        cold = RunningEngine(server, EngineClient(server.url), other_weights, loop)
+    with running_engine(other_weights, tmp_path / "cold.log", weight_version=4) as cold:
         assert sampled(collect(cold, prompts, rollout, weight_version=4)) == updated
-        cold.run(cold.client.close())
-        loop.close()
 
     update(engine, restored, weights_in(engine.model_path), weight_version=0)
     assert sampled(collect(engine, prompts, rollout)) == before

@@ -1,0 +1,94 @@
+"""A grid of training runs: variants x values of settings x seeds."""
+
+import itertools
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, PositiveInt
+
+from megatron_vespo.config.load import load_config
+from megatron_vespo.config.run import TrainConfig
+from megatron_vespo.config.section import Section
+from megatron_vespo.errors import ConfigError
+
+SETTLED_HERE = ("seed", "run_dir")
+"""Keys of a run that the grid decides."""
+
+
+class VariantConfig(Section):
+    config: str | None = None
+    """Another configuration to start from than the grid's."""
+    set: dict[str, Any] = Field(default_factory=dict)
+    """Settings, as key.path: value; over the grid's `set`."""
+
+
+class AblationConfig(Section):
+    """`megatron-vespo ablate`."""
+
+    title: str
+    config: str
+    """Configuration of `megatron-vespo train` that every run starts from, relative to this file."""
+    set: dict[str, Any] = Field(default_factory=dict)
+    """Settings of all runs, as key.path: value."""
+    variants: dict[str, VariantConfig] = Field(min_length=1)
+    """By name. Each is trained with every combination of the grid's values."""
+    grid: dict[str, tuple[Any, ...]] = Field(default_factory=dict)
+    """Values to try, by key.path."""
+    seeds: tuple[PositiveInt, ...] = Field(default=(1, 2, 3), min_length=1)
+
+    def own_problems(self) -> Iterator[tuple[str, str]]:
+        settings = [("set", self.set), ("grid", self.grid)]
+        settings += [(f"variants.{name}.set", variant.set) for name, variant in self.variants.items()]
+        for where, keys in settings:
+            for key in keys:
+                if key in SETTLED_HERE:
+                    yield f"{where}.{key}", "decided by the grid itself (`seeds`, --out): leave it out"
+        for key, values in self.grid.items():
+            if not values:
+                yield f"grid.{key}", "no values to try"
+        if len(set(self.seeds)) < len(self.seeds):
+            yield "seeds", "a seed occurs twice"
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """`variant`: its name and the grid's values, as it is called in tables."""
+
+    variant: str
+    seed: int
+    config: TrainConfig
+
+
+def plan_runs(ablation: AblationConfig, file: Path, out: Path, overrides: list[str] | None = None) -> list[PlannedRun]:
+    """Every run of the grid, seed by seed, so that there is early something to compare. Runs are `out`/variant/seed_n.
+
+    Args:
+        file: where `ablation` was read; its paths are relative to it.
+        overrides: of every run, over all that the grid says.
+
+    Raises:
+        ConfigError: a run's configuration has mistakes; names the run.
+    """
+    planned = []
+    for seed in ablation.seeds:
+        for name, variant in ablation.variants.items():
+            for point in itertools.product(*ablation.grid.values()):
+                values = dict(zip(ablation.grid, point, strict=True))
+                called = ", ".join([name, *(f"{key.rpartition('.')[2]}={value}" for key, value in values.items())])
+                folder = out / re.sub(r"[^\w.=-]+", "_", called) / f"seed_{seed}"
+                own = {"seed": seed, "run_dir": str(folder), "overwrite": True}
+                settings = ablation.set | variant.set | values | own
+                source = file.parent / (variant.config or ablation.config)
+                try:
+                    planned.append(PlannedRun(called, seed, load_config(TrainConfig, source, overrides, settings)))
+                except ConfigError as error:
+                    raise ConfigError(f"{file}: run '{called}', seed {seed}: {error}") from None
+    folders = [run.config.run_dir for run in planned]
+    if len(set(folders)) < len(folders):
+        raise ConfigError(
+            f"{file}: two variants would share a folder: give them names that differ in letters or digits"
+        )
+    return planned

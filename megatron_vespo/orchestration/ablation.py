@@ -1,0 +1,137 @@
+"""A grid of training runs, one after the other, with Ray, trainer processes, engine and graders kept between them."""
+
+import json
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+
+from megatron_vespo.config import PlannedRun
+from megatron_vespo.errors import ConfigError, RunError
+from megatron_vespo.observability.comparison import Variant, comparison_rows, write_comparison
+from megatron_vespo.observability.console import RunConsole
+from megatron_vespo.observability.run_folder import read_run
+from megatron_vespo.orchestration.interruption import Interrupted, run_interruptible
+from megatron_vespo.orchestration.parts import Parts
+from megatron_vespo.orchestration.preflight import prepare_training
+from megatron_vespo.orchestration.run_folder import CONFIG_COPY, create_run_folder
+from megatron_vespo.orchestration.runtime import Runtime
+from megatron_vespo.orchestration.synchronous import train
+from megatron_vespo.orchestration.training_run import recorded, run_once
+
+PAGE = "comparison.html"
+FIGURES = "comparison.json"
+CONSOLE_LOG = "console.log"
+
+
+def run_ablation(title: str, planned: list[PlannedRun], out: Path, minutes: float | None = None) -> str:
+    """`megatron-vespo ablate`: train what is not finished in `out`, then compare all.
+
+    A run that fails is named at the end, and the others go on. After `minutes` no further run is started; the same
+    command goes on later.
+
+    Returns:
+        Where the comparison is, and what is left to do.
+
+    Raises:
+        ConfigError: a run's inputs are wrong, or `out` holds runs of another grid.
+        RunError: some runs failed, or the command was stopped.
+    """
+    started = time.monotonic()
+    todo = [run for run in planned if not is_finished(run)]
+    out.mkdir(parents=True, exist_ok=True)
+    print(f"{len(planned)} runs, {len(planned) - len(todo)} of them finished before; in {out}", flush=True)
+    failed: list[str] = []
+
+    def in_time() -> bool:
+        return minutes is None or time.monotonic() - started < 60 * minutes
+
+    async def train_on() -> None:
+        async with Runtime(max(run.config.policy.ranks for run in todo) + 1, out) as runtime:
+            parts = Parts(runtime)
+            while todo and in_time():
+                await train_one(parts, todo[0], f"[{len(planned) - len(todo) + 1}/{len(planned)}]")
+                todo.pop(0)
+                compare(title, planned, out)
+
+    while todo and in_time():
+        try:
+            run_interruptible(train_on)
+        except Interrupted:
+            compare(title, planned, out)
+            raise
+        except RunError as error:
+            # What is left of a failed run is not built upon: the next one starts everything anew.
+            run = todo.pop(0)
+            failed.append(f"{run.variant}, seed {run.seed}: {error}")
+            print(f"  failed: {error}", flush=True)
+    compare(title, planned, out)
+    page = out / PAGE
+    if failed:
+        raise RunError(f"{len(failed)} of {len(planned)} runs failed; {page} compares the others\n" + "\n".join(failed))
+    left = f"\n{len(todo)} runs are left: the same command goes on with them" if todo else ""
+    figures = json.loads((out / FIGURES).read_text())
+    return f"\n{table(figures)}\n\ncomparison   {page}\nfigures      {out / FIGURES}{left}"
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """A line a variant: accuracy as mean (least to largest) over seeds."""
+    width = max(len(row["name"]) for row in rows)
+    lines = [f"{'':{width}}  seeds  collapsed  before  final accuracy          best"]
+    for row in rows:
+        before, final, best = (row[f"accuracy_{name}"] for name in ("before", "final", "best"))
+        if final["n"]:
+            spread = f"{final['mean']:.3f} ({final['min']:.3f} to {final['max']:.3f})  {best['mean']:.3f}"
+        else:
+            spread = "none finished"
+        first = f"{before['mean']:.3f}" if before["n"] else "    -"
+        lines.append(f"{row['name']:{width}}  {row['seeds']:5d}  {row['collapsed']:9d}   {first}  {spread}")
+    return "\n".join(lines)
+
+
+def is_finished(run: PlannedRun) -> bool:
+    """Raises ConfigError where the folder holds a finished run with other settings."""
+    folder = Path(run.config.run_dir)
+    summary = folder / "summary.json"
+    if not summary.exists() or json.loads(summary.read_text())["status"] != "finished":
+        return False
+    if yaml.safe_load((folder / CONFIG_COPY).read_text()) != run.config.model_dump(mode="json"):
+        raise ConfigError(f"{folder}: holds a finished run with other settings. Choose another --out, or remove it")
+    return True
+
+
+async def train_one(parts: Parts, run: PlannedRun, number: str) -> None:
+    """Its console output goes to its folder; one line about it is printed."""
+    started, config = time.monotonic(), run.config
+    print(f"{number} {run.variant}, seed {run.seed} ...", flush=True)
+    prepared = prepare_training(config)
+    folder = create_run_folder(config, config.run_dir, config.overwrite, prepared.checkpoint_bytes)
+    with ExitStack() as stack:
+        log = stack.enter_context((folder / CONSOLE_LOG).open("w"))
+        console = RunConsole(
+            run.variant, config.algorithm.steps, config.algorithm.staleness, "plain", Console(file=log, highlight=False)
+        )
+        stack.enter_context(console)
+        record = stack.enter_context(recorded(config, folder, console, started))
+        await run_once(parts, config, prepared, record, console, train)
+        assert record.session is not None
+        accuracy = record.session.tally.accuracy
+    seconds = time.monotonic() - started
+    print(f"  accuracy {accuracy['before']:.3f} -> {accuracy['after']:.3f} in {seconds:.0f} s", flush=True)
+
+
+def compare(title: str, planned: list[PlannedRun], out: Path) -> None:
+    """Write the page and the figures of all runs that have begun."""
+    if variants := _variants(planned):
+        (out / FIGURES).write_text(json.dumps(comparison_rows(variants), indent=1) + "\n")
+        write_comparison(out / PAGE, title, variants)
+
+
+def _variants(planned: list[PlannedRun]) -> list[Variant]:
+    names = list(dict.fromkeys(run.variant for run in planned))
+    begun = [run for run in planned if (Path(run.config.run_dir) / "metrics.jsonl").exists()]
+    found = {name: [read_run(run.config.run_dir) for run in begun if run.variant == name] for name in names}
+    return [Variant(name, runs) for name, runs in found.items() if runs]

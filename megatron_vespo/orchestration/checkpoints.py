@@ -1,0 +1,176 @@
+"""Checkpoints of a run in `run_dir/checkpoints`: written beside training, complete under their name or not there."""
+
+import json
+import os
+import shutil
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_vespo.config import CheckpointConfig, ConfigError, TrainConfig
+from megatron_vespo.orchestration.session import Session
+from megatron_vespo.rollout.trajectory_file import write_trajectories
+
+FOLDER = "checkpoints"
+PREFIX = "step_"
+PARTIAL = ".partial"
+PROGRESS_FILE = "progress.json"
+COMPLETE_FILE = "complete.json"
+"""Written last; names every other file with its size."""
+FORMAT = 1
+
+
+@dataclass
+class Pending:
+    """A checkpoint whose files are being written."""
+
+    step: int
+    folder: Path
+    started: float
+    copy_seconds: float
+
+
+class Checkpoints:
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self._config = session.config.checkpoint
+        self._folder = session.folder / FOLDER
+        self._pending: Pending | None = None
+        for left in self._folder.glob(f"*{PARTIAL}"):  # of a run that was killed while it wrote
+            shutil.rmtree(left)
+
+    async def after_step(self) -> None:
+        """Complete what is written by now, and begin a new one if it is due."""
+        await self.settle(wait=False)
+        if self._config.save_every > 0 and self._session.progress.step % self._config.save_every == 0:
+            await self.begin()
+
+    async def begin(self) -> None:
+        """Copy the state of now; it is written while training goes on. One that is still being written is waited for."""
+        await self.settle(wait=True)
+        session, started = self._session, time.monotonic()
+        step = session.progress.step
+        session.console.phase("copying the state")
+        folder = self._folder / f"{name_of(step)}{PARTIAL}"
+        folder.mkdir(parents=True)
+        left = session.progress.mini_batches
+        write_trajectories([trajectory for mini_batch in left for trajectory in mini_batch], folder)
+        (folder / PROGRESS_FILE).write_text(json.dumps(progress_of(session), indent=1) + "\n")
+        await session.policy.on_all(
+            "copy the state to be saved",
+            lambda actor, _: actor.begin_save.remote(str(folder)),
+            self._config.timeout_seconds,
+        )
+        self._pending = Pending(step, folder, started, time.monotonic() - started)
+
+    async def settle(self, *, wait: bool) -> None:
+        """Complete the checkpoint that is being written if its files are there; `wait`: until they are."""
+        if self._pending is None:
+            return
+        session, pending, seconds = self._session, self._pending, self._config.timeout_seconds
+        if not wait and not all(await session.policy.on_all("look at the save", lambda actor, _: actor.saved.remote())):
+            return
+        await session.policy.on_all("finish the save", lambda actor, _: actor.finish_save.remote(), seconds)
+        sizes = complete(pending.folder)
+        self._pending = None
+        prune(session.folder, self._config)
+        session.console.event(f"checkpoint of step {pending.step} is complete")
+        session.record(
+            "checkpoint",
+            pending.step,
+            {
+                "bytes": sum(sizes.values()),
+                "time/copy": pending.copy_seconds,
+                "time/written": time.monotonic() - pending.started,
+            },
+        )
+
+
+def prune(run_dir: Path, config: CheckpointConfig) -> None:
+    """Remove what neither `keep_last` nor `keep_every` keeps, oldest first."""
+    for folder in complete_checkpoints(run_dir)[: -config.keep_last]:
+        if not (config.keep_every and step_of(folder) % config.keep_every == 0):
+            doomed = folder.with_name(folder.name + PARTIAL)
+            folder.rename(doomed)  # half of a checkpoint never bears its name
+            shutil.rmtree(doomed)
+
+
+def disk_bytes(config: TrainConfig, model_bytes: int) -> int:
+    """What the run's model and checkpoints take at most: `model_bytes` is the exported model alone."""
+    if config.checkpoint.save_every == 0:
+        return model_bytes
+    # Two moments in float32; beside bfloat16 weights also float32 masters, each twice as large as the weights.
+    models = 3 if config.model.dtype == "float32" else 7
+    return model_bytes * (1 + models * (config.checkpoint.keep_last + 1))
+
+
+def name_of(step: int) -> str:
+    return f"{PREFIX}{step:08d}"
+
+
+def step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix(PREFIX))
+
+
+def complete_checkpoints(run_dir: Path) -> list[Path]:
+    """Oldest first."""
+    found = [path for path in (run_dir / FOLDER).glob(f"{PREFIX}*") if path.name.removeprefix(PREFIX).isdigit()]
+    return sorted((path for path in found if (path / COMPLETE_FILE).exists()), key=step_of)
+
+
+def complete(partial: Path) -> dict[str, int]:
+    """Give a checkpoint its name once every file is on disk. Returns the size of each."""
+    files = sorted(path for path in partial.rglob("*") if path.is_file())
+    sizes = {str(path.relative_to(partial)): path.stat().st_size for path in files}
+    for path in files:
+        _to_disk(path)
+    (partial / COMPLETE_FILE).write_text(json.dumps({"format": FORMAT, "files": sizes}, indent=1) + "\n")
+    _to_disk(partial / COMPLETE_FILE)
+    for folder in {path.parent for path in files} | {partial}:
+        _to_disk(folder)
+    final = partial.with_name(partial.name.removesuffix(PARTIAL))
+    if final.exists():  # a run that went on from an older one is here again
+        shutil.rmtree(final)
+    partial.rename(final)
+    _to_disk(final.parent)
+    return sizes
+
+
+def require_whole(checkpoint: Path) -> None:
+    """Raises ConfigError if a file of a complete checkpoint is missing or was cut since."""
+    listed = json.loads((checkpoint / COMPLETE_FILE).read_text())
+    if listed["format"] != FORMAT:
+        raise ConfigError(f"{checkpoint}: format {listed['format']} is not of this version, which reads {FORMAT}")
+    for name, size in listed["files"].items():
+        path = checkpoint / name
+        if not path.exists():
+            raise ConfigError(f"{path}: missing from the checkpoint. Resume from another: --resume CHECKPOINT")
+        if path.stat().st_size != size:
+            raise ConfigError(f"{path}: {path.stat().st_size} bytes, was saved with {size}. Resume from another")
+
+
+def progress_of(session: Session) -> dict[str, Any]:
+    """What the driver knows; small. `metrics`: bytes of the files of rows that were written so far."""
+    folder = session.folder
+    return {
+        "step": session.progress.step,
+        "mini_batches": [len(mini_batch) for mini_batch in session.progress.mini_batches],
+        "prompts": session.prompts.state_dict(),
+        "tally": asdict(session.tally),
+        "weights": {
+            "version": session.weights.weight_version,
+            "syncs": session.weights.syncs,
+            "mismatches": session.weights.mismatches,
+        },
+        "metrics": {name: (folder / name).stat().st_size for name in ("metrics.jsonl", "weights.jsonl")},
+        "elapsed_seconds": session.elapsed_seconds,
+    }
+
+
+def _to_disk(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,125 @@
+"""Go on with a run from one of its checkpoints, as if it had not been interrupted."""
+
+import json
+import os
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron_vespo.config import ConfigError, TrainConfig
+from megatron_vespo.observability.console import RunConsole
+from megatron_vespo.orchestration.checkpoints import PROGRESS_FILE, complete_checkpoints, require_whole
+from megatron_vespo.orchestration.run_folder import CONFIG_COPY, MARKER
+from megatron_vespo.orchestration.session import Session, Tally
+from megatron_vespo.rollout.trajectory_file import read_trajectories
+
+FREE = (
+    *("run_dir", "overwrite", "observability", "checkpoint", "weight_sync", "reward.workers"),
+    *(
+        "evaluation.every_steps",
+        "evaluation.samples_per_prompt",
+        "algorithm.steps",
+        "algorithm.gradient_variance_every",
+    ),
+    *("rollout.engine", "rollout.concurrent_groups", "policy"),
+)
+"""Settings, or groups of them, that a run may change between its parts: they are not part of what it computes."""
+NOT_FREE = ("policy.reference", "rollout.engine.dtype", "policy.router_aux_loss", "policy.router_dtype")
+
+
+def find_checkpoint(config: TrainConfig, resume: str) -> Path | None:
+    """`never`: None. `auto`: the newest complete checkpoint in run_dir, None without one. Else a checkpoint's folder.
+
+    Raises:
+        ConfigError: the folder is no checkpoint, or is not whole.
+    """
+    if resume == "never":
+        return None
+    if resume == "auto":
+        found = complete_checkpoints(Path(config.run_dir))
+        checkpoint = found[-1] if found else None
+    else:
+        checkpoint = Path(resume)
+        if checkpoint not in complete_checkpoints(checkpoint.parent.parent):
+            raise ConfigError(f"--resume {resume}: not a complete checkpoint (RUN_DIR/checkpoints/step_...)")
+        if checkpoint.parent.parent.resolve() != Path(config.run_dir).resolve():
+            raise ConfigError(f"--resume {resume}: not a checkpoint of run_dir {config.run_dir}")
+    if checkpoint is not None:
+        require_whole(checkpoint)
+    return checkpoint
+
+
+def continue_run_folder(config: TrainConfig, checkpoint: Path, allow_changes: bool, console: RunConsole) -> Path:
+    """The run's folder as it was at `checkpoint`: rows of later steps are taken off the metrics.
+
+    Raises:
+        ConfigError: settings changed that change what the run computes; lists them.
+    """
+    folder = Path(config.run_dir)
+    if not (folder / MARKER).exists():
+        raise ConfigError(f"run_dir {folder}: not a run of ours")
+    now = config.model_dump(mode="json")
+    changes = list(changed(yaml.safe_load((folder / CONFIG_COPY).read_text()), now))
+    lines = [f"  {key}: {was} -> {is_now}" for key, was, is_now in changes]
+    if not allow_changes and any(not is_free(key) for key, _, _ in changes):
+        raise ConfigError(
+            f"{folder}: these settings are not those of the interrupted run, and change what it computes:\n"
+            + "\n".join(line for line, (key, _, _) in zip(lines, changes, strict=True) if not is_free(key))
+            + "\nStart another run (run_dir), or go on with them: --allow-changes"
+        )
+    for line in lines:
+        console.event(f"changed since the run was interrupted: {line.strip()}")
+    (folder / CONFIG_COPY).write_text(yaml.safe_dump(now, sort_keys=False))
+    for name, size in read_progress(checkpoint)["metrics"].items():
+        os.truncate(folder / name, size)
+    return folder
+
+
+def is_free(key: str) -> bool:
+    def within(groups: tuple[str, ...]) -> bool:
+        return any(key == group or key.startswith(f"{group}.") for group in groups)
+
+    return within(FREE) and not within(NOT_FREE)
+
+
+def changed(before: Any, now: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """(key.path, value before, value now) of every setting that differs."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        for name in dict.fromkeys([*before, *now]):
+            yield from changed(before.get(name), now.get(name), f"{key}.{name}" if key else name)
+    elif before != now:
+        yield key, before, now
+
+
+def read_progress(checkpoint: Path) -> dict[str, Any]:
+    return json.loads((checkpoint / PROGRESS_FILE).read_text())
+
+
+async def restore(session: Session, checkpoint: Path) -> None:
+    """Bring trainer, prompts, trajectories and tally to where they were.
+
+    The engine gets the version that it held if that is the trainer's own; else nothing: what it had sampled under an
+    older one is in the checkpoint, and before it samples again it gets new weights anyway.
+    """
+    saved = read_progress(checkpoint)
+    session.console.phase(f"going on after step {saved['step']}")
+    await session.policy.on_all(
+        "load the saved state",
+        lambda actor, _: actor.load_saved.remote(str(checkpoint), saved["step"]),
+        session.config.checkpoint.timeout_seconds,
+    )
+    trajectories = iter(read_trajectories(checkpoint))
+    session.progress.step = saved["step"]
+    session.progress.mini_batches = [list(islice(trajectories, count)) for count in saved["mini_batches"]]
+    session.prompts.load_state_dict(saved["prompts"])
+    session.tally = Tally(**saved["tally"])
+    session.elapsed_before = saved["elapsed_seconds"]
+    if saved["weights"]["version"] == saved["step"]:
+        await session.weights.sync(saved["step"])
+        await session.weights.verify()
+    session.weights.syncs = saved["weights"]["syncs"]
+    session.weights.mismatches = saved["weights"]["mismatches"]
+    session.console.event(f"resumed after step {saved['step']} from {checkpoint}")

@@ -1,0 +1,76 @@
+"""Trajectories on disk: arrays as safetensors, everything else as JSON. Nothing is unpickled."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import load_file, save_file
+
+from megatron_vespo.rollout.trajectory import Prompt, Segment, Trajectory
+
+TOKENS = ("response_ids", "behavior_log_probs", "proximal_log_probs", "reference_log_probs", "engine_log_weights")
+"""Arrays [response tokens]; only the first two are always there."""
+NUMBERS = ("reward", "advantage")
+
+
+def write_trajectories(trajectories: list[Trajectory], folder: Path) -> None:
+    """Write trajectories.safetensors and trajectories.json, from which `read_trajectories` has them back bit for bit.
+
+    Only what a prompt's scorer was given (`Prompt.reference`) is left out: the responses were graded.
+    """
+    arrays: dict[str, np.ndarray] = {
+        "prompt.token_ids": _joined([t.prompt.token_ids for t in trajectories], np.int32),
+        "prompt.lengths": np.array([len(t.prompt.token_ids) for t in trajectories], dtype=np.int64),
+        "lengths": np.array([len(t.response_ids) for t in trajectories], dtype=np.int64),
+    }
+    for name in NUMBERS:
+        arrays[name] = np.array([getattr(t, name) for t in trajectories], dtype=np.float64)
+    for name in TOKENS:
+        values = [getattr(t, name) for t in trajectories]
+        if values and all(value is not None for value in values):
+            arrays[name] = _joined(values, values[0].dtype)
+        elif any(value is not None for value in values):
+            raise ValueError(f"{name}: some trajectories have it and some do not")
+    save_file(arrays, folder / "trajectories.safetensors")
+    rest = [
+        {
+            "prompt": {"identity": t.prompt.identity, "text": t.prompt.text, "source": t.prompt.source},
+            "sample": t.sample,
+            "segments": [asdict(segment) for segment in t.segments],
+            "finish_reason": t.finish_reason,
+            "text": t.text,
+            "outcome": t.outcome,
+            "trained": t.trained,
+        }
+        for t in trajectories
+    ]
+    (folder / "trajectories.json").write_text(json.dumps(rest), encoding="utf-8")
+
+
+def read_trajectories(folder: Path) -> list[Trajectory]:
+    """What `write_trajectories` wrote; trajectories of one prompt share it."""
+    arrays = load_file(folder / "trajectories.safetensors")
+    rest: list[dict[str, Any]] = json.loads((folder / "trajectories.json").read_text(encoding="utf-8"))
+    prompt_ids = _split(arrays["prompt.token_ids"], arrays["prompt.lengths"])
+    tokens = {name: _split(arrays[name], arrays["lengths"]) for name in TOKENS if name in arrays}
+    prompts: dict[str, Prompt] = {}
+    trajectories = []
+    for number, row in enumerate(rest):
+        prompt = prompts.setdefault(
+            row["prompt"]["identity"], Prompt(**row["prompt"], token_ids=prompt_ids[number], reference=None)
+        )
+        own: dict[str, Any] = {name: pieces[number] for name, pieces in tokens.items()}
+        own |= {name: float(arrays[name][number]) for name in NUMBERS}
+        segments = [Segment(**segment) for segment in row["segments"]]
+        trajectories.append(Trajectory(**row | {"prompt": prompt, "segments": segments} | own))
+    return trajectories
+
+
+def _joined(values: list[np.ndarray], dtype: Any) -> np.ndarray:
+    return np.concatenate(values).astype(dtype) if values else np.zeros(0, dtype)
+
+
+def _split(values: np.ndarray, lengths: np.ndarray) -> list[np.ndarray]:
+    return np.split(values, np.cumsum(lengths)[:-1]) if len(lengths) else []

@@ -1,0 +1,82 @@
+"""A grid file becomes runs: every variant with every value and every seed, each a whole configuration."""
+
+from pathlib import Path
+
+import pytest
+
+from megatron_vespo.config import AblationConfig, ConfigError, load_config, plan_runs
+
+RUN = """
+run_dir: unused
+model: {path: somewhere}
+data: {sources: [{type: reasoning_gym, task: chain_sum}]}
+algorithm: {steps: 8, prompts_per_step: 2, staleness: 4}
+"""
+GRID = """
+title: Two by two
+config: run.yaml
+set: {algorithm.steps: 64}
+variants:
+  vespo: {}
+  grpo: {set: {algorithm.objective.kernel: grpo, optimizer.learning_rate: 3.0e-5}}
+grid: {algorithm.staleness: [1, 16]}
+seeds: [1, 7]
+"""
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    (tmp_path / "run.yaml").write_text(RUN)
+    (tmp_path / "grid.yaml").write_text(GRID)
+    return tmp_path
+
+
+def planned(folder: Path, text: str = GRID, overrides: list[str] | None = None):
+    file = folder / "grid.yaml"
+    file.write_text(text)
+    return plan_runs(load_config(AblationConfig, file), file, folder / "out", overrides)
+
+
+def test_every_variant_meets_every_value_and_every_seed(folder):
+    runs = planned(folder)
+    assert [(run.variant, run.seed) for run in runs] == [
+        (f"{name}, staleness={staleness}", seed)
+        for seed in (1, 7)
+        for name in ("vespo", "grpo")
+        for staleness in (1, 16)
+    ]
+    for run in runs:
+        assert run.config.seed == run.seed
+        assert run.config.algorithm.steps == 64
+        assert f"staleness={run.config.algorithm.staleness}" in run.variant
+        assert run.config.algorithm.objective.kernel.name == run.variant.split(",")[0]
+        assert run.config.optimizer.learning_rate == (3e-5 if run.variant.startswith("grpo") else 1e-6)
+    assert len({run.config.run_dir for run in runs}) == 8
+    assert runs[0].config.run_dir == str(folder / "out" / "vespo_staleness=1" / "seed_1")
+
+
+def test_the_command_line_has_the_last_word(folder):
+    assert {run.config.algorithm.steps for run in planned(folder, overrides=["algorithm.steps=32"])} == {32}
+
+
+def test_a_variant_may_start_from_a_file_of_its_own(folder):
+    (folder / "other.yaml").write_text("base: run.yaml\noptimizer: {learning_rate: 0.5}\n")
+    runs = planned(folder, GRID.replace("vespo: {}", "vespo: {config: other.yaml}"))
+    assert {run.config.optimizer.learning_rate for run in runs if run.variant.startswith("vespo")} == {0.5}
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("[1, 16]", "[1, 3]", r"run 'vespo, staleness=3', seed 1: .*\n.*algorithm.steps: 64 is not a multiple"),
+        ("algorithm.steps: 64", "algorithm.stepps: 64", r"run 'vespo, staleness=1'.*\n.*algorithm.stepps: unknown key"),
+        ("seeds: [1, 7]", "seeds: [1, 1]", "seeds: a seed occurs twice"),
+        ("{algorithm.steps: 64}", "{seed: 3}", "set.seed: decided by the grid itself"),
+        ("[1, 16]", "[]", "grid.algorithm.staleness: no values"),
+        ("  vespo: {}\n", "  a/b: {}\n  a b: {}\n", "would share a folder"),
+        ("title: Two by two\n", "", "title: required"),
+    ],
+)
+def test_mistakes_are_said_with_the_run_that_has_them(folder, old, new, message):
+    with pytest.raises(ConfigError, match=message):
+        planned(folder, GRID.replace(old, new))
