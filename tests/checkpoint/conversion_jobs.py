@@ -14,6 +14,9 @@ from megatron_vespo.checkpoint.load import load_hf_weights
 from megatron_vespo.checkpoint.local_parameters import local_parameters
 from megatron_vespo.checkpoint.tables import table_of
 from megatron_vespo.checkpoint.verify_logits import load_torch_dist
+from megatron_vespo.config import PolicyConfig
+from megatron_vespo.parity import worker
+from megatron_vespo.parity.case import Case
 
 
 @dataclass(frozen=True)
@@ -69,3 +72,9 @@ def save_with_megatron(
         torch.distributed.barrier()
         sharded = {"model": chunk.sharded_state_dict(metadata=metadata), "optimizer": state, "iteration": 7}
         dist_checkpointing.save(sharded, megatron, content_metadata=metadata)
+
+
+def save_training_state(rank: int, world_size: int, port: int, case: Case, policy: PolicyConfig, folder: Path) -> None:
+    """As a run writes its checkpoints, before the first step: the weights are the case's folder's."""
+    with worker.joined(rank, world_size, port, case, policy) as trainer:
+        trainer.begin_save(folder).finish()

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from conversion_folders import assert_bitwise_equal, tensors_of
-from conversion_jobs import asked_for, differing_after_load, save_with_megatron
+from conversion_jobs import asked_for, differing_after_load, save_training_state, save_with_megatron
 from tiny_models import write_tiny_model
 from transformers import AutoModelForCausalLM
 
@@ -12,7 +12,8 @@ from megatron_vespo.checkpoint.hf_config import read_architecture
 from megatron_vespo.checkpoint.torch_dist_format import read_index
 from megatron_vespo.checkpoint.torch_dist_names import CONTENT_METADATA, extra_state_keys
 from megatron_vespo.checkpoint.verify_logits import megatron_logits, tokens
-from megatron_vespo.config import LayoutConfig
+from megatron_vespo.config import LayoutConfig, PolicyConfig
+from megatron_vespo.parity.case import build_case
 
 KINDS = ("moe", "mixed", "qwen3", "llama")
 LAYOUTS = [
@@ -90,3 +91,13 @@ def test_what_training_saved_is_converted_back(converted, ranks, tmp_path, kind,
     assert stacked == (kind == "llama")
     megatron_to_hf(tmp_path / "saved", tmp_path / "back", config_folder=source)
     assert_bitwise_equal(tensors_of(tmp_path / "back"), tensors_of(source))
+
+
+@pytest.mark.parametrize("kind", ["mixed", "dense"])
+def test_a_runs_own_checkpoint_is_converted(ranks, tmp_path, kind):
+    case = build_case(tmp_path / "source", kind, seed=0)
+    layout = LayoutConfig(tp=2, etp=2) if kind == "mixed" else LayoutConfig(pp=2)
+    (tmp_path / "state").mkdir()
+    ranks.run(2, save_training_state, case, PolicyConfig(ranks=2, layout=layout), tmp_path / "state")
+    megatron_to_hf(tmp_path / "state" / "policy", tmp_path / "back", config_folder=tmp_path / "source")
+    assert_bitwise_equal(tensors_of(tmp_path / "back"), tensors_of(tmp_path / "source"))
