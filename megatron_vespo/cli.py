@@ -133,10 +133,11 @@ def report(run: Annotated[Path, typer.Argument(help="Folder of a run.", metavar=
 
 def main() -> None:
     """Exit codes: 0 done, 1 the run failed, 2 a mistake in the input, 128 + n stopped by signal n."""
-    sys.exit(_exit_code(app))
+    sys.exit(exit_code(app))
 
 
-def _exit_code(command: Callable[[], None]) -> int:
+def exit_code(command: Callable[[], None]) -> int:
+    """Run `command`, print its failure, and say what to exit with (see `main`)."""
     try:
         command()
     except ConfigError as error:

@@ -45,6 +45,7 @@ def attention_entries(a: Architecture, *, qk_norm: bool) -> tuple[Entry, ...]:
             (a.hidden_size,),
             MEGATRON_LAYER + "input_layernorm.weight",
             megatron + "linear_qkv.layer_norm_weight",  # fused in Transformer Engine's spec
+            checkpoint=(megatron + "linear_qkv.layer_norm_weight",),
         ),
         Entry(
             megatron=(megatron + "linear_qkv.weight",),
@@ -67,11 +68,13 @@ def attention_entries(a: Architecture, *, qk_norm: bool) -> tuple[Entry, ...]:
 
 
 def _feed_forward_norm(a: Architecture) -> Entry:
+    own, fused = MEGATRON_LAYER + "pre_mlp_layernorm.weight", MEGATRON_LAYER + "mlp.linear_fc1.layer_norm_weight"
     return _replicated(
         HF_LAYER + "post_attention_layernorm.weight",
         (a.hidden_size,),
-        MEGATRON_LAYER + "pre_mlp_layernorm.weight",
-        MEGATRON_LAYER + "mlp.linear_fc1.layer_norm_weight",  # fused in Transformer Engine's dense layers
+        own,
+        fused,  # in Transformer Engine's dense layers
+        checkpoint=(own, fused),  # of MoE layers, Transformer Engine's spec reads the first, the local spec the second
     )
 
 
@@ -101,15 +104,23 @@ def expert_entries(a: Architecture) -> tuple[Entry, ...]:
             fc1=(MEGATRON_LOCAL_EXPERT + "linear_fc1.weight", MEGATRON_GROUPED_EXPERTS + "linear_fc1.weight{expert}"),
             fc2=(MEGATRON_LOCAL_EXPERT + "linear_fc2.weight", MEGATRON_GROUPED_EXPERTS + "linear_fc2.weight{expert}"),
             layers=Layers.MOE,
+            checkpoint=MEGATRON_GROUPED_EXPERTS + "experts.",
         ),
     )
 
 
 def _gated(
-    hf: str, sizes: tuple[int, int], *, fc1: tuple[str, ...], fc2: tuple[str, ...], layers: Layers
+    hf: str,
+    sizes: tuple[int, int],
+    *,
+    fc1: tuple[str, ...],
+    fc2: tuple[str, ...],
+    layers: Layers,
+    checkpoint: str | None = None,
 ) -> tuple[Entry, ...]:
-    """Gate and up, stacked, and down, of `sizes` (model's width, inner width)."""
+    """Gate and up, stacked, and down, of `sizes` (model's width, inner width). `checkpoint`: prefix of stacked experts."""
     hidden, inner = sizes
+    keys = [(f"{checkpoint}linear_fc{number}.weight",) if checkpoint else () for number in (1, 2)]
     return (
         Entry(
             megatron=fc1,
@@ -117,16 +128,29 @@ def _gated(
             hf={hf + "gate_proj.weight": (inner, hidden), hf + "up_proj.weight": (inner, hidden)},
             sharding=Sharding.ROWS,
             layers=layers,
+            checkpoint=keys[0],
         ),
-        _whole(hf + "down_proj.weight", (hidden, inner), *fc2, sharding=Sharding.COLUMNS, layers=layers),
+        _whole(
+            hf + "down_proj.weight",
+            (hidden, inner),
+            *fc2,
+            sharding=Sharding.COLUMNS,
+            layers=layers,
+            checkpoint=keys[1],
+        ),
     )
 
 
-def _replicated(hf_name: str, shape: tuple[int, ...], *megatron: str) -> Entry:
-    return _whole(hf_name, shape, *megatron, sharding=Sharding.REPLICATED)
+def _replicated(hf_name: str, shape: tuple[int, ...], *megatron: str, checkpoint: tuple[str, ...] = ()) -> Entry:
+    return _whole(hf_name, shape, *megatron, sharding=Sharding.REPLICATED, checkpoint=checkpoint)
 
 
 def _whole(
-    hf_name: str, shape: tuple[int, ...], *megatron: str, sharding: Sharding, layers: Layers = Layers.ALL
+    hf_name: str,
+    shape: tuple[int, ...],
+    *megatron: str,
+    sharding: Sharding,
+    layers: Layers = Layers.ALL,
+    checkpoint: tuple[str, ...] = (),
 ) -> Entry:
-    return Entry(megatron=megatron, form=Form.WHOLE, hf={hf_name: shape}, sharding=sharding, layers=layers)
+    return Entry(megatron, Form.WHOLE, {hf_name: shape}, sharding, layers, checkpoint)

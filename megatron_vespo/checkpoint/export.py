@@ -1,6 +1,5 @@
 """Write the model as a Hugging Face folder that transformers and SGLang load. Complete under its name, or not there."""
 
-import json
 import shutil
 from collections.abc import Iterable, Sequence
 from functools import partial
@@ -15,23 +14,16 @@ from torch import Tensor
 
 from megatron_vespo.checkpoint.gather import gather_hf_tensors
 from megatron_vespo.checkpoint.hf_config import CONFIG_FILE, Architecture, read_config_json
+from megatron_vespo.checkpoint.output_folder import (
+    copy_companions,
+    give_name,
+    require_replaceable,
+    require_room,
+    write_config,
+)
 from megatron_vespo.checkpoint.shards import DEFAULT_SHARD_BYTES, tensor_bytes, write_shards
 from megatron_vespo.checkpoint.tables import table_of
 from megatron_vespo.config import ConfigError
-
-COPIED_FILES = (
-    "generation_config.json",
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "*.tiktoken",
-    "chat_template*",
-    "additional_chat_templates",
-    "LICENSE*",
-)
-"""What stands beside the weights and is no weight (shell patterns)."""
 
 
 def export_hf_folder(
@@ -147,69 +139,20 @@ def write_hf_folder(
     sizes = tensor_bytes(table_of(architecture).hf_shapes(architecture), dtype)
     unfinished = target.parent / f".{target.name}.incomplete"
     try:
-        _require_replaceable(target, source, overwrite)
-        _require_room(target, sum(sizes.values()))
+        require_replaceable(target, source, CONFIG_FILE, overwrite)
+        require_room(target, sum(sizes.values()))
         if unfinished.exists():  # of an export that was killed
             shutil.rmtree(unfinished)
         unfinished.mkdir(parents=True)
         try:
-            _write_config(config, unfinished, dtype)
+            write_config(config, unfinished, dtype)
             write_shards(tensors, unfinished, sizes, dtype, shard_bytes)
             for file in unfinished.glob("*.safetensors"):  # safetensors makes them readable by their owner only
                 shutil.copymode(unfinished / CONFIG_FILE, file)
-            _copy_companions(source, unfinished)
-            _rename(unfinished, target)
+            copy_companions(source, unfinished)
+            give_name(unfinished, target)
         except BaseException:
             shutil.rmtree(unfinished, ignore_errors=True)
             raise
     except (OSError, SafetensorError) as error:
         raise ConfigError(f"{target}: the model can't be written: {error}") from error
-
-
-def _require_replaceable(target: Path, source: Path, overwrite: bool) -> None:
-    if target.exists() and not overwrite:
-        raise ConfigError(f"{target}: exists already; choose another folder, or remove it")
-    if target.exists() and not (target.is_dir() and (target / CONFIG_FILE).exists()):
-        raise ConfigError(f"{target}: exists and is not a model folder, so it is not replaced")
-    if target.exists() and target.samefile(source):
-        raise ConfigError(f"{target}: is the source of the tokenizer; choose another folder")
-
-
-def _require_room(target: Path, needed: int) -> None:
-    parent = target.parent
-    while not parent.exists():
-        parent = parent.parent
-    free = shutil.disk_usage(parent).free
-    if free < needed:
-        raise ConfigError(
-            f"{target}: not enough disk space: {needed / 1e9:.3g} GB are needed, {free / 1e9:.3g} GB are free"
-        )
-
-
-def _write_config(config: dict[str, Any], folder: Path, dtype: torch.dtype) -> None:
-    """The source's config.json with the dtype that was written: transformers casts the weights to what stands there."""
-    keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["torch_dtype"]
-    config = config | dict.fromkeys(keys, str(dtype).removeprefix("torch."))
-    (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _copy_companions(source: Path, folder: Path) -> None:
-    for pattern in COPIED_FILES:
-        for path in source.glob(pattern):
-            if path.is_dir():
-                shutil.copytree(path, folder / path.name, dirs_exist_ok=True)
-            else:
-                shutil.copyfile(path, folder / path.name)
-
-
-def _rename(unfinished: Path, target: Path) -> None:
-    """Give `unfinished` its name. What stood there goes aside first and is removed last."""
-    if not target.exists():
-        unfinished.rename(target)
-        return
-    old = target.parent / f".{target.name}.replaced"
-    if old.exists():
-        shutil.rmtree(old)
-    target.rename(old)
-    unfinished.rename(target)
-    shutil.rmtree(old)

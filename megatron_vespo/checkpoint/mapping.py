@@ -58,6 +58,9 @@ class Entry:
     """Name -> shape of the full tensor, in the order in which `form` puts them together."""
     sharding: Sharding
     layers: Layers = Layers.ALL
+    checkpoint: tuple[str, ...] = ()
+    """Its keys in Megatron's distributed checkpoints, where they are not `megatron[0]`: written under all, read from any.
+    A key without `{expert}` is one tensor in which all experts of a layer are stacked."""
 
     @property
     def in_layer(self) -> bool:

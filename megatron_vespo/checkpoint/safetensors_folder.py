@@ -88,6 +88,7 @@ def _read_index(path: Path) -> dict[str, str]:
 def _read_file(path: Path, headers: Headers) -> set[str] | None:
     """Add one file's tensors; their names, or None (and a problem) if it can't be read."""
     try:
+        path.open("rb").close()  # safetensors calls a file missing that may not be read
         with safe_open(path, framework="numpy") as file:
             found = set(file.keys())
             for name in found:
@@ -99,6 +100,9 @@ def _read_file(path: Path, headers: Headers) -> set[str] | None:
                 headers.tensors[name] = TensorHeader(tuple(header.get_shape()), header.get_dtype(), path)
     except FileNotFoundError:
         headers.problems.append(f"{path.name}: missing")
+        return None
+    except PermissionError as error:
+        headers.problems.append(f"{path.name}: can't be read: {error.strerror}")
         return None
     except (SafetensorError, OSError) as error:
         headers.problems.append(f"{path.name}: truncated or damaged: {error}")

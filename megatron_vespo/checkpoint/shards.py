@@ -44,7 +44,7 @@ def write_shards(
         OSError, safetensors.SafetensorError: the file system refused.
     """
     shards = plan_shards(sizes, shard_bytes)
-    files = [SINGLE_FILE] if len(shards) == 1 else [_shard_name(number, len(shards)) for number in range(len(shards))]
+    files = shard_names(len(shards))
     coming = iter(tensors)
     for file, names in zip(files, shards, strict=True):
         shard: dict[str, Tensor] = {}
@@ -64,5 +64,7 @@ def write_shards(
         (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _shard_name(number: int, count: int) -> str:
-    return f"model-{number + 1:05d}-of-{count:05d}.safetensors"
+def shard_names(count: int) -> list[str]:
+    if count == 1:
+        return [SINGLE_FILE]
+    return [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]

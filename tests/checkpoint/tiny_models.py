@@ -62,14 +62,18 @@ def write_tiny_model(
     dtype: torch.dtype = torch.float32,
     shard_size: str = "1GB",
     seed: int = 0,
+    spread: float = 0.2,
 ) -> PreTrainedModel:
-    """Save a model whose every weight is random (norms too, which transformers starts at 1), with a tokenizer."""
+    """Save a model whose every weight is random (norms too, which transformers starts at 1), with a tokenizer.
+
+    `spread`: standard deviation of the weights.
+    """
     model = AutoModelForCausalLM.from_config(tiny_config(kind, tied=tied, layers=layers))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
             center = 1.0 if parameter.dim() == 1 else 0.0
-            parameter.copy_(center + 0.2 * torch.randn(parameter.shape, generator=generator))
+            parameter.copy_(center + spread * torch.randn(parameter.shape, generator=generator))
     model = model.to(dtype)
     model.save_pretrained(folder, max_shard_size=shard_size)
     vocabulary = {token: number for number, token in enumerate(["<pad>", "<bos>", "<eos>", "<unk>", *"abcdefghij"])}
