@@ -14,6 +14,7 @@ setup(
         "torch>=2.9",
         "megatron-core==0.16.1",
         "psutil",
+        "xxhash",
         "einops",
         "ray>=2.50",
         "transformers>=5",
