@@ -129,6 +129,7 @@ def torchrun(tool: str, *arguments: object) -> subprocess.CompletedProcess:
     return subprocess.run([*command, *arguments], capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_ranks_of_torchrun_share_the_files(tmp_path):
     hf_to_megatron(TINY_BASE, tmp_path / "alone", tp=2, file_bytes=200_000)
     sizes = ["--file-mb", "0.2", "--verify", "bytes"]

@@ -153,6 +153,7 @@ def test_two_conversions_of_one_output_do_not_meet(hf, tmp_path):
     there(hf, tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_worker_processes_die_with_their_parent(tmp_path):
     command = [
         sys.executable,
