@@ -131,9 +131,9 @@ def test_twenty_kills_at_any_moment_lose_nothing_but_unsaved_steps(tmp_path):
     for number in range(20):
         newest.append(newest_step(killed))
         process, folder = start(killed, *settings, "--resume", "auto"), killed / "checkpoints"
-        left = set(folder.glob("*.partial"))
         if number % 2:
-            kill_when(process, lambda left=left, folder=folder: set(folder.glob("*.partial")) - left)
+            saving = folder / f"step_{newest[-1] + generator.randint(2, 5):08d}.partial"
+            kill_when(process, lambda saving=saving: saving.exists())
         else:
             moment = time.monotonic() + generator.uniform(1.0, 30.0)
             kill_when(process, lambda moment=moment: time.monotonic() > moment)
