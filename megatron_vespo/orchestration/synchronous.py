@@ -20,6 +20,7 @@ from megatron_vespo.orchestration.rescoring import engine_mismatch
 from megatron_vespo.orchestration.rollouts import collect_rollouts
 from megatron_vespo.orchestration.session import Session
 from megatron_vespo.orchestration.training_run import Resume, run_training_loop
+from megatron_vespo.policy.result import StepResult
 from megatron_vespo.rollout.trajectory import Trajectory
 
 
@@ -59,16 +60,23 @@ async def train_step(session: Session, trajectories: list[Trajectory]) -> None:
     batch, mini_batch = divmod(progress.step, algorithm.staleness)
     session.console.phase("training")
     session.console.progress(mini_batch, algorithm.staleness, "steps", f"batch {batch + 1}")
-    step = progress.step + 1
-    parts = await measure_parts(session, trajectories, step)
+    parts = await measure_parts(session, trajectories, progress.step + 1)
     started = time.monotonic()
     report = await session.policy.train_step(
         training_sequences(trajectories, algorithm.old_policy), algorithm.objective
     )
-    assert report.packing is not None
     seconds = time.monotonic() - started
-    progress.step = step
+    progress.step += 1
+    record_step(session, trajectories, report, gradient_noise(parts, report), seconds)
 
+
+def record_step(
+    session: Session, trajectories: list[Trajectory], report: StepResult, noise: dict[str, float], seconds: float
+) -> None:
+    """What the step that was just taken tells, as a row of metrics."""
+    algorithm, step = session.config.algorithm, session.progress.step
+    batch, mini_batch = divmod(step - 1, algorithm.staleness)
+    assert report.packing is not None
     trained = sum(len(t.prompt.token_ids) + len(t.response_ids) - 1 for t in trajectories)
     sequences = {name: values.double().numpy() for name, values in report.sequences.items()}
     weights = weight_diagnostics(sequences, largest_coefficient(algorithm.objective.kernel))
@@ -99,7 +107,7 @@ async def train_step(session: Session, trajectories: list[Trajectory]) -> None:
             **weights,
             **differences,
             **token_diagnostics(report.sums),
-            **gradient_noise(parts, report),
+            **noise,
             **packing_figures(report.packing),
             "tokens/trained": trained,
             "time/train": seconds,
