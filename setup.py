@@ -27,6 +27,7 @@ setup(
         "rich",
         "aiohttp",
         "orjson",
+        "pybase64",
         "reasoning-gym",
         "math-verify",
         "pyarrow",

@@ -16,7 +16,14 @@ from megatron_vespo.config.load import load_config
 from megatron_vespo.config.model import ModelConfig, OptimizerConfig
 from megatron_vespo.config.objective import EngineCorrection, Kernel, KernelCoefficients, KLConfig, ObjectiveConfig
 from megatron_vespo.config.policy import LayoutConfig, PolicyConfig, RecomputeConfig, ReferenceConfig
-from megatron_vespo.config.rollout import EngineConfig, RolloutConfig, SamplingConfig, WeightSyncConfig
+from megatron_vespo.config.rollout import (
+    EngineConfig,
+    RolloutConfig,
+    RouterNoiseConfig,
+    SamplingConfig,
+    WeightSyncConfig,
+)
+from megatron_vespo.config.routing import RoutingConfig
 from megatron_vespo.config.run import (
     DemonstrationsConfig,
     EvaluateConfig,
@@ -60,6 +67,8 @@ __all__ = [
     "ReferenceConfig",
     "RewardConfig",
     "RolloutConfig",
+    "RouterNoiseConfig",
+    "RoutingConfig",
     "SFTConfig",
     "SamplingConfig",
     "Section",

@@ -23,6 +23,18 @@ class SamplingConfig(Section):
 NEUTRAL_SAMPLING = SamplingConfig()
 
 
+class RouterNoiseConfig(Section):
+    """An engine that routes wrongly on purpose, for experiments: normal noise on its router logits.
+
+    The noise of a token is drawn from its own logits, so it does not depend on what is computed beside it.
+    """
+
+    scale: PositiveFloat
+    """Standard deviation of the noise, in units of logits."""
+    on: Literal["selection", "logits"] = "selection"
+    """`selection`: experts are chosen by noisy logits and weighted by clean ones. `logits`: noisy logits for both."""
+
+
 class EngineConfig(Section):
     """One SGLang server."""
 
@@ -37,6 +49,8 @@ class EngineConfig(Section):
     """None: a free port. A port in use is replaced by a free one, and said."""
     startup_timeout_seconds: PositiveFloat = 600.0
     request_timeout_seconds: PositiveFloat = 1800.0
+    router_noise: RouterNoiseConfig | None = None
+    """None: the router as it is."""
     extra_arguments: dict[str, Any] = Field(default_factory=dict)
     """Further arguments of `sglang.launch_server`, e.g. {"enable-metrics": true}."""
 
@@ -81,4 +95,7 @@ class WeightSyncConfig(Section):
     """Tensors are flattened into buckets of about this size and broadcast one by one."""
     verify_every: PositiveInt = 10
     """Compare the checksum of every tensor on the engine at the start and at each such sync."""
+    flush_cache: bool = True
+    """Empty the engine's prefix cache at each sync. Kept, it serves prompts computed under older weights; their routes are
+    then marked with the older version and not replayed."""
     timeout_seconds: PositiveFloat = 600.0

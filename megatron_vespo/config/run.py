@@ -11,6 +11,7 @@ from megatron_vespo.config.data import DataConfig, ExcludedPrompts, RewardConfig
 from megatron_vespo.config.model import ModelConfig, OptimizerConfig
 from megatron_vespo.config.policy import PolicyConfig
 from megatron_vespo.config.rollout import RolloutConfig, SamplingConfig, WeightSyncConfig
+from megatron_vespo.config.routing import RoutingConfig
 from megatron_vespo.config.section import Section
 
 
@@ -60,6 +61,7 @@ class TrainConfig(Section):
     reward: RewardConfig = RewardConfig()
     rollout: RolloutConfig = RolloutConfig()
     algorithm: AlgorithmConfig
+    routing: RoutingConfig = RoutingConfig()
     policy: PolicyConfig = PolicyConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     weight_sync: WeightSyncConfig = WeightSyncConfig()

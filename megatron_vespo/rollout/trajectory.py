@@ -7,6 +7,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_vespo.routing.routes import Routes
+
 FinishReason = Literal["stop", "length"]
 
 
@@ -48,6 +50,8 @@ class Trajectory:
             algorithm asks for them.
         reference_log_probs: [response tokens] float32, of the frozen model of a KL term; None without one.
         engine_log_weights: [response tokens] float32, log of the correction of the engine's error; None without one.
+        engine_routes: the experts that the engine chose at each of the P + R - 1 positions; None if it was not asked.
+        proximal_routes: those that the trainer chose at the start of the rollout batch; None unless R2 needs them.
         segments: cover the response without gap or overlap.
         sample: position in the group, 0 .. group_size - 1.
     """
@@ -68,6 +72,8 @@ class Trajectory:
     proximal_log_probs: NDArray[np.float32] | None = None
     reference_log_probs: NDArray[np.float32] | None = None
     engine_log_weights: NDArray[np.float32] | None = None
+    engine_routes: Routes | None = None
+    proximal_routes: Routes | None = None
 
     def log_probs_of(self, policy: Literal["behavior", "proximal", "reference"]) -> NDArray[np.float32]:
         """[response tokens]. Raises ValueError if that policy has not scored this trajectory."""
