@@ -56,7 +56,7 @@ def train(rank: int, world_size: int, port: int, case: Case, policy: PolicyConfi
         rules = packing_rules(case.architecture, policy)
         results, routes, gradients = [], [], {}
         for number, sequences in enumerate(case.steps):
-            micro_batches = pack_step(sequences, rules)[trainer.data_parallel_rank]
+            micro_batches = pack_step(sequences, rules)[trainer.place.share]
             routes.append(chosen_experts(trainer, micro_batches))
             with _first_gradients(trainer) if number == 0 else contextlib.nullcontext({}) as captured:
                 results.append(trainer.train_step(micro_batches, loss))
@@ -70,7 +70,7 @@ def score(rank: int, world_size: int, port: int, case: Case, policy: PolicyConfi
     """Log-probs of each step's labels under the starting weights, by key."""
     with joined(rank, world_size, port, case, policy) as trainer:
         rules = packing_rules(case.architecture, policy)
-        shares = [pack_step(sequences, rules)[trainer.data_parallel_rank] for sequences in case.steps]
+        shares = [pack_step(sequences, rules)[trainer.place.share] for sequences in case.steps]
         return [{key: s.log_probs for key, s in trainer.score(share).items()} for share in shares]
 
 
