@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-Experts = NDArray[np.uint8] | NDArray[np.uint16]
+Experts = NDArray[np.uint8 | np.uint16]
 
 
 def expert_dtype(num_experts: int) -> type[np.uint8] | type[np.uint16]:
