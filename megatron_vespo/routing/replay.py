@@ -234,15 +234,15 @@ class RoutingReplay:
             record=record,
         )
         experts = self._config.num_moe_experts or 0
-        for replay in self._all():
-            replay.uses.clear()
-            replay.sums = LayerSums(experts) if measure and routes is not None else None
+        for router in self._all():
+            router.uses.clear()
+            router.sums = LayerSums(experts) if measure and routes is not None else None
         try:
             yield current
             current.require_used_once()
         finally:
-            for replay in self._all():
-                replay.set(None, None)
+            for router in self._all():
+                router.set(None, None)
 
     def sums(self, layers: int) -> Tensor | None:
         """Of the last pass, if it was measured: `LayerSums.values` of every MoE layer of the model, [layers, n] float64

@@ -22,6 +22,24 @@ def expert_dtype(num_experts: int) -> type[np.uint8] | type[np.uint16]:
 
 
 @dataclass(frozen=True)
+class RoutingShape:
+    """Of the whole model: its MoE layers, the experts that a token goes to in each, and those it has the choice of."""
+
+    moe_layers: int
+    topk: int
+    num_experts: int
+
+    @property
+    def dtype(self) -> type[np.uint8] | type[np.uint16]:
+        return expert_dtype(self.num_experts)
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Stored, and moved to all ranks together; a mark of one byte on each rank that holds the token comes on top."""
+        return self.moe_layers * self.topk * np.dtype(self.dtype).itemsize
+
+
+@dataclass(frozen=True)
 class Routes:
     """Of a packed sequence, or of consecutive positions of one. Position i has token i as input and decides token i + 1.
 

@@ -14,26 +14,8 @@ from numpy.typing import NDArray
 
 from megatron_vespo.policy.batch import MicroBatch
 from megatron_vespo.policy.packing import FILLER_KEY
-from megatron_vespo.routing.routes import Experts, Routes, expert_dtype, recorded_routes
+from megatron_vespo.routing.routes import Experts, Routes, RoutingShape, recorded_routes
 from megatron_vespo.routing.runs import runs
-
-
-@dataclass(frozen=True)
-class RoutingShape:
-    """Of the whole model: its MoE layers, the experts that a token goes to in each, and those it has the choice of."""
-
-    moe_layers: int
-    topk: int
-    num_experts: int
-
-    @property
-    def dtype(self) -> type[np.uint8] | type[np.uint16]:
-        return expert_dtype(self.num_experts)
-
-    @property
-    def bytes_per_token(self) -> int:
-        """Stored, and moved to all ranks together; a mark of one byte on each rank that holds the token comes on top."""
-        return self.moe_layers * self.topk * np.dtype(self.dtype).itemsize
 
 
 @dataclass(frozen=True)
