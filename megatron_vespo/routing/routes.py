@@ -48,6 +48,7 @@ class Routes:
             nothing is recorded. Dense layers have no place in it.
         recorded: [positions] bool. The others are routed natively.
         weight_versions: [positions] int32, whose weights chose; without meaning where nothing is recorded.
+        wire_bytes: in which the engine sent them.
         masked: positions by the reason why they are not recorded although they were asked for.
     """
 
@@ -55,6 +56,7 @@ class Routes:
     recorded: NDArray[np.bool_]
     weight_versions: NDArray[np.int32]
     masked: dict[str, int] = field(default_factory=dict)
+    wire_bytes: int = 0
 
     def __post_init__(self):
         positions = self.experts.shape[0]
@@ -98,4 +100,5 @@ def joined(parts: Sequence[Routes]) -> Routes:
         np.concatenate([part.recorded for part in parts]),
         np.concatenate([part.weight_versions for part in parts]),
         dict(sum((Counter(part.masked) for part in parts), Counter())),
+        sum(part.wire_bytes for part in parts),
     )

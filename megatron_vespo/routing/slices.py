@@ -56,6 +56,18 @@ class RouteSlice:
         return self.experts.nbytes + self.recorded.nbytes
 
 
+@dataclass(frozen=True)
+class StepRoutes:
+    """Recorded routes of one rank for one pass."""
+
+    slices: list[RouteSlice]
+    """Of each micro-batch."""
+    replay: bool = True
+    """False: they are only compared with the routers' own choice."""
+    measure: bool = False
+    """Tell how they agree with it (`StepResult.routing`)."""
+
+
 class _Span(NamedTuple):
     """Consecutive real positions of a sequence that a rank holds next to each other."""
 
