@@ -261,7 +261,7 @@ def main() -> None:
     lengths = response_lengths()
     tokens = sum(lengths)
     decoding = measure_decoding(lengths, options.repetitions)
-    ray.init(num_cpus=1, object_store_memory=2**30, include_dashboard=False, log_to_driver=False)
+    ray.init(num_cpus=1, object_store_memory=2**29, include_dashboard=False, log_to_driver=False)
     slicing, sent = measure_slicing(lengths, options.repetitions)
     ray.shutdown()
     results = {
