@@ -54,7 +54,9 @@ def require_standard_topk(topk: Any, *_, **__) -> None:
         )
 
 
-def select_noisy_experts(select_experts, hidden_states, router_logits, topk_config, *, scale, on, layer_id=None, **rest):
+def select_noisy_experts(
+    select_experts, hidden_states, router_logits, topk_config, *, scale, on, layer_id=None, **rest
+):
     """Around SGLang's `select_experts`, whose arguments and result it has.
 
     Raises:
@@ -80,7 +82,9 @@ def require_plain_softmax(topk_config: Any) -> None:
     }
     if any(unusual.values()):
         names = ", ".join(name for name, is_set in unusual.items() if is_set)
-        raise RuntimeError(f"router_noise on selection: gate weights are not a plain softmax here ({names}): use `logits`")
+        raise RuntimeError(
+            f"router_noise on selection: gate weights are not a plain softmax here ({names}): use `logits`"
+        )
 
 
 def gate_weights(router_logits: torch.Tensor, expert_ids: torch.Tensor, *, renormalize: bool) -> torch.Tensor:
