@@ -73,7 +73,7 @@ def read_trajectories(folder: Path) -> list[Trajectory]:
         own: dict[str, Any] = {name: pieces[number] for name, pieces in tokens.items()}
         own |= {name: float(arrays[name][number]) for name in NUMBERS}
         for name, masked in row.pop("masked_routes", {}).items():
-            own[name] = Routes(*next(routes[name]), masked)
+            own[name] = Routes(**next(routes[name]), masked=masked)
         segments = [Segment(**segment) for segment in row["segments"]]
         trajectories.append(Trajectory(**row | {"prompt": prompt, "segments": segments} | own))
     return trajectories
@@ -88,12 +88,12 @@ def _route_arrays(name: str, routes: list[Routes]) -> dict[str, np.ndarray]:
     return joined | {f"{name}.lengths": lengths}
 
 
-def _routes(name: str, arrays: dict[str, np.ndarray]) -> Iterator[tuple[np.ndarray, ...]]:
+def _routes(name: str, arrays: dict[str, np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
     """`ROUTE_ARRAYS` of each trajectory that has them."""
-    if f"{name}.lengths" not in arrays:
-        return iter(())
-    lengths = arrays[f"{name}.lengths"]
-    return zip(*(_split(arrays[f"{name}.{part}"], lengths) for part in ROUTE_ARRAYS), strict=True)
+    if f"{name}.lengths" in arrays:
+        lengths = arrays[f"{name}.lengths"]
+        for pieces in zip(*(_split(arrays[f"{name}.{part}"], lengths) for part in ROUTE_ARRAYS), strict=True):
+            yield dict(zip(ROUTE_ARRAYS, pieces, strict=True))
 
 
 def _joined(values: list[np.ndarray], dtype: Any) -> np.ndarray:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from rollouts import collect, random_prompts, sampled
 from tiny_engine import ROUTE_SHAPE, RunningEngine, running_engine
-from transformers_routes import chosen, load, router_logits, tokens_of
+from transformers_routes import chosen, load, tokens_of
 
 from megatron_vespo.config import EngineConfig, RolloutConfig
 from megatron_vespo.config.rollout import RouterNoiseConfig
@@ -167,7 +167,7 @@ def test_experts_follow_the_noise_and_weights_only_where_they_should(on):
 
     grouped = SimpleNamespace(**vars(plain) | {"use_grouped_topk": True})
     if on == "selection":
-        with pytest.raises(RuntimeError, match="not a plain softmax here .use_grouped_topk.: use `logits`"):
+        with pytest.raises(RuntimeError, match=r"not a plain softmax here \(use_grouped_topk\): use `logits`"):
             select_noisy_experts(select_experts, None, clean, grouped, scale=0.5, on=on, layer_id=1)
 
 
