@@ -2,6 +2,7 @@
 
 python tools/check_parallelism.py --world-size 4 --out parity.json
 python tools/check_parallelism.py --layouts tp=2,ep=2,etp=1 cp=2,pp=2,recompute=full
+python tools/check_parallelism.py --replay --out replay.json
 """
 
 import argparse
@@ -33,7 +34,8 @@ def main() -> int:
         layouts = [parse_layout(text) for text in arguments.layouts] or matrix(arguments.world_size)
         ranks = max(layout.policy.ranks for layout in layouts)
         with tempfile.TemporaryDirectory() as folder, RankPool(ranks) as pool:
-            check = ParityCheck(pool, build_case(Path(folder) / "model", arguments.model, arguments.seed))
+            case = build_case(Path(folder) / "model", arguments.model, arguments.seed)
+            check = ParityCheck(pool, case.with_routes() if arguments.replay else case)
             findings = []
             for finding in check.findings(layouts, arguments.plant):
                 findings.append(finding)
@@ -58,6 +60,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--layouts", nargs="+", default=[], metavar="LAYOUT", help="these instead of the matrix")
     parser.add_argument("--model", choices=sorted(MODELS), default="moe")
     parser.add_argument("--seed", type=int, default=0, help="of weights and trajectories")
+    parser.add_argument("--replay", action="store_true", help="replay recorded routes, and compare with them too")
     parser.add_argument("--out", type=Path, help="write all figures to this JSON file")
     parser.add_argument(
         "--plant",
@@ -84,6 +87,7 @@ def table_of(findings: list[Finding]) -> Table:
         "gradient",
         "update",
         "routes",
+        "not replayed",
         "where",
     )
     for column in columns:
@@ -93,7 +97,7 @@ def table_of(findings: list[Finding]) -> Table:
         cells = [finding.layout.name, str(finding.layout.policy.ranks), finding.verdict]
         if found:
             worst = (found.loss, found.gradient_norm, found.metrics, found.gradient, found.update)
-            cells += [f"{part.value:.1e}" for part in worst] + [str(found.routes_changed)]
+            cells += [f"{part.value:.1e}" for part in worst] + [str(found.routes_changed), str(found.not_replayed)]
             cells.append("" if finding.verdict == "equal" else first_offence(*worst))
         table.add_row(*cells, style=None if finding.verdict == "equal" else "bold red")
     return table

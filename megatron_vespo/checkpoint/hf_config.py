@@ -7,6 +7,7 @@ from typing import Any
 
 from megatron_vespo.checkpoint.hf_rope import positive_number, read_rope
 from megatron_vespo.config import ConfigError
+from megatron_vespo.routing.routes import RoutingShape
 
 CONFIG_FILE = "config.json"
 
@@ -89,6 +90,10 @@ class Architecture:
     def is_moe(self) -> bool:
         """Has at least one MoE layer."""
         return any(self.moe_layers)
+
+    @property
+    def routing_shape(self) -> RoutingShape:
+        return RoutingShape(sum(self.moe_layers), self.experts_per_token, self.num_experts)
 
 
 def read_architecture(folder: str | Path) -> Architecture:

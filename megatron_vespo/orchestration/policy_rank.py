@@ -72,7 +72,7 @@ class PolicyRank:
             self._policy.weights_were_loaded()
         if reference is not None and reference.path is None:
             self._policy.freeze_reference(reference.offload)
-        return self._policy.data_parallel_rank
+        return self._policy.place
 
     def train_step(self, micro_batches: list[MicroBatch], objective: ObjectiveConfig | None) -> StepResult:
         """One optimizer step; `objective` None is supervised training."""

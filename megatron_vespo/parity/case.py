@@ -14,6 +14,7 @@ from megatron_vespo.checkpoint.hf_rope import LLAMA_3
 from megatron_vespo.checkpoint.tables import table_of
 from megatron_vespo.config import ObjectiveConfig, OptimizerConfig
 from megatron_vespo.policy.batch import TrainingSequence
+from megatron_vespo.routing.routes import Routes, RoutingShape
 
 STEPS = 4
 TRAJECTORIES = 17
@@ -63,6 +64,8 @@ class Case:
     steps: list[list[TrainingSequence]]
     """The sequences of each optimizer step, keys 0 .. n - 1."""
     dtype: Literal["float32", "bfloat16"] = "float32"
+    routes: list[dict[int, Routes]] | None = None
+    """Of each step, recorded routes to replay, by key; None: routers choose."""
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optimizer: OptimizerConfig = field(
         default_factory=lambda: OptimizerConfig(
@@ -91,6 +94,16 @@ class Case:
             for step, scores in zip(self.steps, log_probs, strict=True)
         ]
         return replace(self, steps=steps)
+
+    def with_routes(self, seed: int = 2) -> "Case":
+        """Recorded routes that no router would choose. One sequence in eight has none, and some positions of others."""
+        random = np.random.default_rng(seed)
+        shape = self.architecture.routing_shape
+        steps = [
+            {s.key: _random_routes(random, s.positions, shape) for s in step if random.random() > 1 / 8}
+            for step in self.steps
+        ]
+        return replace(self, routes=steps)
 
 
 def build_case(folder: Path, model: str = "moe", seed: int = 0) -> Case:
@@ -132,4 +145,13 @@ def _sequence(random: np.random.Generator, key: int, vocabulary: int) -> Trainin
         # Both signs, but lopsided: else the loss is a small difference of large numbers, and mostly rounding.
         advantage=float(random.normal(1.0, 0.8)),
         key=key,
+    )
+
+
+def _random_routes(random: np.random.Generator, positions: int, shape: RoutingShape) -> Routes:
+    order = random.random((positions, shape.moe_layers, shape.num_experts)).argsort(-1)
+    return Routes(
+        order[..., : shape.topk].astype(shape.dtype),
+        random.random(positions) > 1 / 8,
+        np.zeros(positions, dtype=np.int32),
     )

@@ -11,7 +11,7 @@ from torch import Tensor
 from megatron_vespo.config import ConfigError
 from megatron_vespo.parity import worker
 from megatron_vespo.parity.case import Case
-from megatron_vespo.parity.compare import Comparison, Run, assemble, compare
+from megatron_vespo.parity.compare import Comparison, Place, Run, assemble, compare
 from megatron_vespo.parity.layouts import LayoutCase, parse_layout
 from megatron_vespo.parity.pool import RankFailed, RankPool
 from megatron_vespo.parity.worker import PlantedError
@@ -52,6 +52,7 @@ class ParityCheck:
         self._pool = pool
         one = parse_layout(ONE_PROCESS).policy
         self._case = case.with_old_log_probs(pool.run(1, worker.score, case, one)[0])
+        self._recorded = recorded_places(case)
         self._start: dict[str, Tensor] = load_file(case.folder / "model.safetensors")
         self._one: Run = assemble(pool.run(1, worker.train, self._case, one, "none"))
 
@@ -73,7 +74,21 @@ class ParityCheck:
         started = time.perf_counter()
         try:
             records = self._pool.run(layout.policy.ranks, worker.train, self._case, layout.policy, planted)
-            comparison = compare(assemble(records), self._one, self._start)
+            comparison = compare(assemble(records), self._one, self._start, self._recorded)
         except (RankFailed, ValueError) as error:
             return Finding(layout, time.perf_counter() - started, error=str(error))
         return Finding(layout, time.perf_counter() - started, comparison)
+
+
+def recorded_places(case: Case) -> list[dict[Place, int]]:
+    """The recorded routes of each step as `Run.routes` has them."""
+    layers = [layer for layer, moe in enumerate(case.architecture.moe_layers) if moe]
+    return [
+        {
+            (layer, key, int(position)): sum(1 << int(expert) for expert in routes.experts[position, number])
+            for key, routes in (step or {}).items()
+            for position in routes.recorded.nonzero()[0]
+            for number, layer in enumerate(layers)
+        }
+        for step in case.routes or [{} for _ in case.steps]
+    ]

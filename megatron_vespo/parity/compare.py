@@ -20,6 +20,8 @@ GRADIENT_TOLERANCE = 1e-5
 UPDATE_TOLERANCE = 1e-3
 """Norm of a tensor's difference / norm of the tensor's change, over all steps."""
 
+Place = tuple[int, int, int]
+"""Layer, key of a sequence, position in it."""
 Verdict = Literal["equal", "DIFFERENT", "inconclusive"]
 
 
@@ -28,8 +30,9 @@ class Run:
     """One layout's run, put together from its ranks."""
 
     results: list[StepResult]
-    routes: list[dict[tuple[int, int, int], int]]
-    """Of each step: (layer, key, position) -> chosen experts as bits."""
+    routes: list[dict[Place, int]]
+    """Of each step: (layer, key, position) -> experts used, as bits."""
+    recomputed_otherwise: int
     gradients: dict[str, Tensor]
     weights: dict[str, Tensor]
 
@@ -55,6 +58,8 @@ class Comparison:
     update: Worst
     routes_changed: int
     """Choices of experts that differ from one process's, over all steps, layers and positions."""
+    not_replayed: int
+    """Recorded choices that were not used as they are, in the forward pass or in recomputation."""
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -66,21 +71,23 @@ def assemble(records: list[RankRecord]) -> Run:
     return Run(
         results=[merge([record.results[step] for record in records]) for step in steps],
         routes=[_merge_routes([record.routes[step] for record in records]) for step in steps],
+        recomputed_otherwise=sum(record.recomputed_otherwise for record in records),
         gradients=records[0].gradients,
         weights=records[0].weights,
     )
 
 
-def _merge_routes(parts: list[Tensor]) -> dict[tuple[int, int, int], int]:
-    merged: dict[tuple[int, int, int], int] = {}
+def _merge_routes(parts: list[Tensor]) -> dict[Place, int]:
+    merged: dict[Place, int] = {}
     for layer, key, position, experts in torch.cat(parts).tolist():
         if merged.setdefault((layer, key, position), experts) != experts:
             raise ValueError(f"two ranks chose other experts for layer {layer}, sequence {key}, position {position}")
     return merged
 
 
-def compare(run: Run, one: Run, start: Mapping[str, Tensor]) -> Comparison:
-    """`one` is the single process's run; `start` the weights from which both set out.
+def compare(run: Run, one: Run, start: Mapping[str, Tensor], recorded: list[dict[Place, int]]) -> Comparison:
+    """`one` is the single process's run; `start` the weights from which both set out; `recorded` the routes that each
+    step had to use, empty where routers choose.
 
     Once a position is sent to other experts, what follows is another computation: what came before is still judged,
     and if that holds the comparison is inconclusive, not passed.
@@ -99,10 +106,15 @@ def compare(run: Run, one: Run, start: Mapping[str, Tensor]) -> Comparison:
         or metrics.value > METRIC_TOLERANCE
         or (comparable > 0 and gradient.value > GRADIENT_TOLERANCE)
     )
+    used = zip(run.routes, recorded, strict=True)
+    not_replayed = run.recomputed_otherwise + sum(
+        mine.get(place) != experts for mine, theirs in used for place, experts in theirs.items()
+    )
+    different = different or not_replayed > 0
     if comparable == len(changed):
         different = different or update.value > UPDATE_TOLERANCE
     verdict: Verdict = "DIFFERENT" if different else "inconclusive" if any(changed) else "equal"
-    return Comparison(verdict, loss, gradient_norm, metrics, gradient, update, sum(changed))
+    return Comparison(verdict, loss, gradient_norm, metrics, gradient, update, sum(changed), not_replayed)
 
 
 def _worst(pairs: Mapping[str, tuple[float, float]]) -> Worst:
@@ -147,6 +159,6 @@ def _worst_tensor(mine: Mapping[str, Tensor], theirs: Mapping[str, Tensor], size
     return max(found, key=_size)
 
 
-def _changed(mine: dict[tuple[int, int, int], int], theirs: dict[tuple[int, int, int], int]) -> int:
+def _changed(mine: dict[Place, int], theirs: dict[Place, int]) -> int:
     """Places on which the two don't agree; missing places count."""
     return sum(mine.get(place) != theirs.get(place) for place in mine.keys() | theirs.keys())

@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 from typing import Any, Literal
 
@@ -24,9 +24,10 @@ from megatron_vespo.policy.batch import MicroBatch
 from megatron_vespo.policy.layout_fit import packing_rules
 from megatron_vespo.policy.losses import loss_function
 from megatron_vespo.policy.packing import FILLER_KEY, pack_step
-from megatron_vespo.policy.policy import MegatronPolicy
+from megatron_vespo.policy.policy import MegatronPolicy, StepRoutes
 from megatron_vespo.policy.result import StepResult
 from megatron_vespo.rendezvous import listen
+from megatron_vespo.routing.slices import slice_routes
 
 PlantedError = Literal["none", "tensor-parallel-norms", "data-parallel", "embeddings"]
 """A gradient reduction that is left out, to see whether the comparison notices."""
@@ -38,13 +39,15 @@ class RankRecord:
 
     Attributes:
         results: of each step.
-        routes: of each step, [n, 4] int64: layer, key, position in the sequence, chosen experts as bits.
+        routes: of each step, [n, 4] int64: layer, key, position in the sequence, experts used as bits.
+        recomputed_otherwise: positions that recomputation sent to other experts than the forward pass did, over all steps.
         gradients: Hugging Face name -> gradient of the first step, before clipping; on rank 0, else empty.
         weights: Hugging Face name -> weight after the last step; on rank 0, else empty.
     """
 
     results: list[StepResult]
     routes: list[Tensor]
+    recomputed_otherwise: int
     gradients: dict[str, Tensor]
     weights: dict[str, Tensor]
 
@@ -54,23 +57,34 @@ def train(rank: int, world_size: int, port: int, case: Case, policy: PolicyConfi
     with joined(rank, world_size, port, case, policy) as trainer, _planted(planted):
         loss = loss_function(case.objective, trainer.context_parallel_group)
         rules = packing_rules(case.architecture, policy)
-        results, routes, gradients = [], [], {}
+        results, routes, gradients, recomputed_otherwise = [], [], {}, 0
         for number, sequences in enumerate(case.steps):
-            micro_batches = pack_step(sequences, rules)[trainer.data_parallel_rank]
-            routes.append(chosen_experts(trainer, micro_batches))
-            with _first_gradients(trainer) if number == 0 else contextlib.nullcontext({}) as captured:
-                results.append(trainer.train_step(micro_batches, loss))
+            micro_batches = pack_step(sequences, rules)[trainer.place.share]
+            capturing = _first_gradients(trainer) if number == 0 else contextlib.nullcontext({})
+            recorded = _own_routes(case, number, trainer, micro_batches)
+            with capturing as captured, used_experts(trainer, micro_batches) as used:
+                results.append(trainer.train_step(micro_batches, loss, routes=recorded))
+            routes.append(used.routes)
+            recomputed_otherwise += used.recomputed_otherwise
             if number == 0:
                 gradients = _gathered(trainer, case, captured.__getitem__)
         trainer.settle_parameters()
-        return RankRecord(results, routes, gradients, _gathered(trainer, case, Parameter.detach))
+        weights = _gathered(trainer, case, Parameter.detach)
+        return RankRecord(results, routes, recomputed_otherwise, gradients, weights)
+
+
+def _own_routes(case: Case, step: int, trainer: MegatronPolicy, micro_batches: list[MicroBatch]) -> StepRoutes | None:
+    if case.routes is None:
+        return None
+    shape = case.architecture.routing_shape
+    return StepRoutes(slice_routes(micro_batches, case.routes[step], trainer.place, shape), measure=True)
 
 
 def score(rank: int, world_size: int, port: int, case: Case, policy: PolicyConfig) -> list[dict[int, Tensor]]:
     """Log-probs of each step's labels under the starting weights, by key."""
     with joined(rank, world_size, port, case, policy) as trainer:
         rules = packing_rules(case.architecture, policy)
-        shares = [pack_step(sequences, rules)[trainer.data_parallel_rank] for sequences in case.steps]
+        shares = [pack_step(sequences, rules)[trainer.place.share] for sequences in case.steps]
         return [{key: s.log_probs for key, s in trainer.score(share).items()} for share in shares]
 
 
@@ -96,30 +110,47 @@ def joined(rank: int, world_size: int, port: int, case: Case, policy: PolicyConf
         trainer.close()
 
 
-def chosen_experts(trainer: MegatronPolicy, micro_batches: list[MicroBatch]) -> Tensor:
-    """Routes (see `RankRecord`) of the positions that this rank's routers see, by a forward pass of its own."""
+@dataclass
+class UsedExperts:
+    """Filled when a training pass is over: see `RankRecord`."""
+
+    routes: Tensor = field(default_factory=lambda: torch.empty(0, 4, dtype=torch.int64))
+    recomputed_otherwise: int = 0
+
+
+@contextlib.contextmanager
+def used_experts(trainer: MegatronPolicy, micro_batches: list[MicroBatch]) -> Iterator[UsedExperts]:
+    """What the routers gave in the training pass inside, of the positions that they see on this rank."""
+    used = UsedExperts()
     chunks = unwrap_model(list(trainer.model))
     routers = [module for chunk in chunks for module in chunk.modules() if isinstance(module, TopKRouter)]
-    maps: list[list[Tensor]] = [[] for _ in routers]
-    handles = [router.register_forward_hook(_keep_map(seen)) for router, seen in zip(routers, maps, strict=True)]
-    trainer.score(micro_batches)
+    calls: list[list[tuple[bool, Tensor]]] = [[] for _ in routers]
+    handles = [router.register_forward_hook(_keep_map(seen)) for router, seen in zip(routers, calls, strict=True)]
+    yield used
     for handle in handles:
         handle.remove()
     places = [_places_here(micro_batch) for micro_batch in micro_batches]
-    rows = [
-        torch.column_stack([torch.full((len(place),), router.layer_number - 1), place, _as_bits(routing_map)])  # type: ignore[operator]
-        for router, seen in zip(routers, maps, strict=True)
-        for place, routing_map in zip(places, seen, strict=True)
-    ]
-    routes = torch.cat(rows) if rows else torch.empty(0, 4, dtype=torch.int64)
-    return routes[routes[:, 1] != FILLER_KEY]
+    rows = []
+    for router, seen in zip(routers, calls, strict=True):
+        # What is recomputed runs forward without gradients first. Both happen in the order of the micro-batches.
+        with_gradient, without = ([bits for grad, bits in seen if grad is wanted] for wanted in (True, False))
+        for place, bits in zip(places, without or with_gradient, strict=True):
+            layer = torch.full((len(place),), router.layer_number - 1)  # type: ignore[operator]
+            rows.append(torch.column_stack([layer, place, bits]))
+        if without:
+            used.recomputed_otherwise += sum(
+                int((one != other).sum()) for one, other in zip(without, with_gradient, strict=True)
+            )
+    if rows:
+        routes = torch.cat(rows)
+        used.routes = routes[routes[:, 1] != FILLER_KEY]
 
 
-def _keep_map(maps: list[Tensor]) -> Callable:
+def _keep_map(calls: list[tuple[bool, Tensor]]) -> Callable:
     """A router returns probabilities and, [n, experts] bool, which experts each position goes to."""
 
     def hook(module: torch.nn.Module, inputs: Any, output: tuple[Tensor, Tensor]) -> None:
-        maps.append(output[1])
+        calls.append((torch.is_grad_enabled(), _as_bits(output[1])))
 
     return hook
 

@@ -10,6 +10,7 @@ from megatron.core.tensor_parallel import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
 )
+from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
@@ -23,6 +24,7 @@ from megatron_vespo.policy.head import token_scores
 from megatron_vespo.policy.layout_fit import padded_vocabulary, require_fit
 from megatron_vespo.policy.norm import PackedRMSNorm
 from megatron_vespo.policy.transformer_config import transformer_config
+from megatron_vespo.routing.replay import ReplayRouter
 
 
 class ScoringHead(ColumnParallelLinear):
@@ -123,12 +125,16 @@ def build_model(
 
 
 def layer_spec(config: TransformerConfig, device: Device, vp_stage: int | None = None) -> TransformerBlockSubmodules:
-    """Transformer Engine's layers where they can be had, else Megatron's own with packed attention and torch's norm.
+    """Transformer Engine's layers where they can be had, else Megatron's own with packed attention and torch's norm; both
+    with routers that can replay.
 
     On a CPU the experts are our own: Megatron's take twice as long there.
     """
     if device.transformer_engine:
-        return get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=vp_stage)
+        block = get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=vp_stage)
+        for layer in block.layer_specs or []:
+            _route_with_replay(layer)
+        return block
     block = get_gpt_decoder_block_spec(config, use_transformer_engine=False, normalization="RMSNorm", vp_stage=vp_stage)
     for layer in block.layer_specs or []:
         parts: Any = layer.submodules
@@ -137,7 +143,16 @@ def layer_spec(config: TransformerConfig, device: Device, vp_stage: int | None =
         if config.qk_layernorm:
             attention.q_layernorm = attention.k_layernorm = PackedRMSNorm
         parts.input_layernorm = parts.pre_mlp_layernorm = PackedRMSNorm
-        if not device.is_cuda and hasattr(parts.mlp.submodules, "experts"):
+        if _route_with_replay(layer) and not device.is_cuda:
             parts.mlp.submodules.experts.module = GroupedExperts
     block.layer_norm = PackedRMSNorm  # type: ignore[assignment]
     return block
+
+
+def _route_with_replay(layer: ModuleSpec) -> bool:
+    """Give a layer's MoE our router; False: it has no experts."""
+    parts: Any = layer.submodules
+    if not hasattr(parts.mlp.submodules, "experts"):
+        return False
+    parts.mlp.submodules.router = ReplayRouter
+    return True

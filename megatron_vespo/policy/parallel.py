@@ -14,6 +14,7 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron_vespo.config import PolicyConfig
 from megatron_vespo.policy.device import Device
 from megatron_vespo.rendezvous import host_store, join_store
+from megatron_vespo.routing.slices import RankPlace
 
 
 def join(
@@ -64,9 +65,18 @@ def join(
     model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
 
 
-def data_parallel_rank() -> int:
-    """Which share of a step this rank computes; the ranks of one copy of the model have the same."""
-    return parallel_state.get_data_parallel_rank()
+def rank_place(moe_layers: tuple[int, ...], sequence_parallel: bool) -> RankPlace:
+    """Which share of a step this rank computes (the ranks of one copy of the model have the same), and which positions of
+    it. `moe_layers`: those that it holds."""
+    split = sequence_parallel and parallel_state.get_tensor_model_parallel_world_size() > 1
+    return RankPlace(
+        share=parallel_state.get_data_parallel_rank(),
+        moe_layers=moe_layers,
+        context_rank=parallel_state.get_context_parallel_rank(),
+        context_size=parallel_state.get_context_parallel_world_size(),
+        sequence_rank=parallel_state.get_tensor_model_parallel_rank() if split else 0,
+        sequence_size=parallel_state.get_tensor_model_parallel_world_size() if split else 1,
+    )
 
 
 def context_parallel_group() -> dist.ProcessGroup | None:

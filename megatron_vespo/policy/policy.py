@@ -3,6 +3,7 @@
 import contextlib
 import socket
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -32,6 +33,20 @@ from megatron_vespo.policy.schedule import (
     forward_only,
     require_equal_counts,
 )
+from megatron_vespo.routing.replay import OwnPositions, RoutingPass, RoutingReplay
+from megatron_vespo.routing.slices import RouteSlice, real_positions
+
+
+@dataclass(frozen=True)
+class StepRoutes:
+    """Recorded routes of one rank for one pass."""
+
+    slices: list[RouteSlice]
+    """Of each micro-batch."""
+    replay: bool = True
+    """False: they are only compared with the routers' own choice."""
+    measure: bool = False
+    """Tell how they agree with it (`StepResult.routing`)."""
 
 
 class MegatronPolicy:
@@ -41,7 +56,7 @@ class MegatronPolicy:
         model: chunks of the model on this rank, wrapped for data parallelism (one without virtual pipeline).
         optimizer, scheduler: Megatron's.
         device: what this rank computes on.
-        data_parallel_rank: which share of a step is this rank's.
+        place: which share of a step, and which of its routes, are this rank's.
         context_parallel_group: ranks among which the positions of each sequence are dealt out, or None.
     """
 
@@ -68,7 +83,6 @@ class MegatronPolicy:
         """
         self.device = prepare_device(model.dtype)
         parallel.join(self.device, policy, rank=rank, world_size=world_size, master=master, seed=seed)
-        self.data_parallel_rank = parallel.data_parallel_rank()
         self.context_parallel_group = parallel.context_parallel_group()
         self._settings = policy
         self._rank = rank
@@ -77,6 +91,9 @@ class MegatronPolicy:
         if model.initialization == "random":
             initialise(self._bare, architecture, seed)
         self.model = _wrap(self._bare, policy)
+        self._moe_layers = sum(architecture.moe_layers)
+        self._routing = RoutingReplay(self.model, architecture.moe_layers, self._bare[0].config)
+        self.place = parallel.rank_place(self._routing.moe_layers, policy.layout.sequence_parallel)
         self.optimizer = build_optimizer(list(self.model), model, policy, optimizer, self.device)
         self.scheduler = build_scheduler(self.optimizer, optimizer, total_steps)
 
@@ -98,20 +115,29 @@ class MegatronPolicy:
             for chunk in self.model:
                 chunk.start_param_sync(force_sync=True)
 
-    def train_step(self, micro_batches: list[MicroBatch], loss: LossFunction, with_entropy: bool = False) -> StepResult:
+    def train_step(
+        self,
+        micro_batches: list[MicroBatch],
+        loss: LossFunction,
+        with_entropy: bool = False,
+        routes: StepRoutes | None = None,
+    ) -> StepResult:
         """Forward, backward and one optimizer step. Every rank needs the same number of micro-batches, at least one.
 
-        `with_entropy`: the loss gets the entropy of every distribution too, with its gradient.
+        `with_entropy`: the loss gets the entropy of every distribution too, with its gradient. `routes`: recorded ones, to
+        replay or to compare with.
 
-        The ranks of one copy of the model (tensor, pipeline, context parallel) get the same micro-batches.
+        The ranks of one copy of the model (tensor, pipeline, context parallel) get the same micro-batches, but each its
+        own routes (`place`).
 
         Raises:
             ValueError: the ranks' numbers of micro-batches differ, or a loss without gradient.
             RuntimeError: a gradient is not finite (from Megatron); the weights are unchanged.
+            ReplayError: a route was not used exactly once.
         """
         learning_rate = self.optimizer.param_groups[0]["lr"]
         started = time.perf_counter()
-        told = self._backward(micro_batches, loss, with_entropy)
+        told = self._backward(micro_batches, loss, with_entropy, routes)
         forward_backward_done = time.perf_counter()
         succeeded, gradient_norm, _ = self.optimizer.step()  # type: ignore[misc]
         if not succeeded:
@@ -130,10 +156,15 @@ class MegatronPolicy:
             sums=sums,
             sequences=sequences,
             keys=keys,
+            routing=self._routing.sums(self._moe_layers),
         )
 
     def gradient_norm(
-        self, micro_batches: list[MicroBatch], loss: LossFunction, with_entropy: bool = False
+        self,
+        micro_batches: list[MicroBatch],
+        loss: LossFunction,
+        with_entropy: bool = False,
+        routes: StepRoutes | None = None,
     ) -> tuple[float, int]:
         """As `train_step`, but nothing is learned.
 
@@ -143,13 +174,18 @@ class MegatronPolicy:
         Raises:
             ValueError, RuntimeError: as `train_step`.
         """
-        told = self._backward(micro_batches, loss, with_entropy)
+        told = self._backward(micro_batches, loss, with_entropy, routes)
         if self.optimizer.prepare_grads():
             raise RuntimeError("gradients are not finite")
         return float(self.optimizer.get_grad_norm()), int(self._global_sums(told)[1])
 
     def score(
-        self, micro_batches: list[MicroBatch], *, with_entropy: bool = False, reference: bool = False
+        self,
+        micro_batches: list[MicroBatch],
+        *,
+        with_entropy: bool = False,
+        reference: bool = False,
+        routes: StepRoutes | None = None,
     ) -> dict[int, TokenScores]:
         """Scores of every sequence's labels by key, [n - 1] on the CPU; of one share on one of its ranks, else empty.
 
@@ -158,19 +194,38 @@ class MegatronPolicy:
         Raises:
             ValueError: the ranks' numbers of micro-batches differ.
             RuntimeError: there is no reference.
+            ReplayError: a route was not used exactly once.
         """
+        return self._score(micro_batches, with_entropy, reference, routes, record=False)[0]
+
+    def score_and_record(
+        self, micro_batches: list[MicroBatch], *, routes: StepRoutes | None = None
+    ) -> tuple[dict[int, TokenScores], list[RouteSlice]]:
+        """As `score`, and which experts were used at this rank's positions, in its layers, of each micro-batch."""
+        return self._score(micro_batches, False, False, routes, record=True)
+
+    def _score(
+        self,
+        micro_batches: list[MicroBatch],
+        with_entropy: bool,
+        reference: bool,
+        routes: StepRoutes | None,
+        record: bool,
+    ) -> tuple[dict[int, TokenScores], list[RouteSlice]]:
         require_equal_counts(len(micro_batches), self.device.torch_device)
-        with self._weights(reference), self._entropy(with_entropy):
+        passing = self._passing(micro_batches, routes, record=record)
+        with self._weights(reference), self._entropy(with_entropy), passing as routing:
             for chunk in self.model:
                 chunk.eval()
-            parts = forward_only(self.model, micro_batches, self.device.torch_device)
+            parts = forward_only(self.model, micro_batches, self.device.torch_device, routing)
         scores: dict[int, TokenScores] = {}
         for micro_batch, part in zip(micro_batches, parts, strict=False):
             log_probs = self._all_positions(part.log_probs, micro_batch)
             entropy = None if part.entropy is None else self._all_positions(part.entropy, micro_batch)
             scores |= _by_key(micro_batch, log_probs, entropy)
         first = self.context_parallel_group is None or self.context_parallel_group.rank() == 0
-        return scores if parallel.holds_scores() and first else {}
+        recorded = routing.recorded() if record else []
+        return (scores if parallel.holds_scores() and first else {}), recorded
 
     def begin_save(self, folder: Path) -> Saving:
         """Begin to write the training state of now into `folder`, which exists; training may go on meanwhile.
@@ -190,7 +245,9 @@ class MegatronPolicy:
         _release(self.model)
         parallel.leave()
 
-    def _backward(self, micro_batches: list[MicroBatch], loss: LossFunction, with_entropy: bool) -> list[LossOutput]:
+    def _backward(
+        self, micro_batches: list[MicroBatch], loss: LossFunction, with_entropy: bool, routes: StepRoutes | None
+    ) -> list[LossOutput]:
         """The step's gradient, reduced over ranks. Returns what the losses told, on ranks that hold scores."""
         require_equal_counts(len(micro_batches), self.device.torch_device)
         for chunk in self.model:
@@ -198,9 +255,27 @@ class MegatronPolicy:
                 chunk.train()
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        with self._entropy(with_entropy):
-            outputs = forward_and_backward(self.model, micro_batches, loss, self.device.torch_device)
+        passing = self._passing(micro_batches, routes, backward=True)
+        with self._entropy(with_entropy), passing as routing:
+            outputs = forward_and_backward(self.model, micro_batches, loss, self.device.torch_device, routing)
         return outputs if parallel.holds_scores() else []
+
+    def _passing(
+        self, micro_batches: list[MicroBatch], routes: StepRoutes | None, backward: bool = False, record: bool = False
+    ) -> contextlib.AbstractContextManager[RoutingPass]:
+        return self._routing.passing(
+            [self._own_positions(micro_batch) for micro_batch in micro_batches],
+            routes=None if routes is None else routes.slices,
+            replay=routes is not None and routes.replay,
+            backward=backward,
+            record=record,
+            measure=routes is not None and routes.measure,
+        )
+
+    def _own_positions(self, micro_batch: MicroBatch) -> OwnPositions:
+        real = real_positions(micro_batch, self.place)
+        padding = None if real.all() else torch.from_numpy(~real).to(self.device.torch_device)
+        return OwnPositions(len(real), padding, nobody=all(key == FILLER_KEY for key in micro_batch.keys))
 
     def _weights(self, reference: bool) -> contextlib.AbstractContextManager[None]:
         if not reference:

@@ -36,6 +36,8 @@ class StepResult:
         sequences: `LossMetrics.sequences`, [s] float32 each, in the order of `keys`.
         keys: of this rank's sequences, ascending, without fillers; empty also on context-parallel ranks above 0.
         forward_backward_seconds, optimizer_seconds: wall clock; merged: of the slowest rank.
+        routing: `LayerSums.values` of every MoE layer of the model, [layers, n] float64, of this rank's positions; None
+            unless recorded routes were measured.
         packing: how well the step's micro-batches were filled and balanced; only whoever packed them knows.
     """
 
@@ -48,6 +50,7 @@ class StepResult:
     sums: dict[str, float] = field(default_factory=dict)
     sequences: dict[str, torch.Tensor] = field(default_factory=dict)
     keys: tuple[int, ...] = ()
+    routing: torch.Tensor | None = None
     packing: PackingReport | None = None
 
 
@@ -82,6 +85,7 @@ def merge(results: list[StepResult]) -> StepResult:
             for result in results
         ]
     )
+    routing = [result.routing for result in results if result.routing is not None]
     first = results[0]
     return StepResult(
         loss=first.loss,
@@ -93,4 +97,5 @@ def merge(results: list[StepResult]) -> StepResult:
         sums=sums,
         sequences=sequences,
         keys=keys,
+        routing=torch.stack(routing).sum(0) if routing else None,
     )

@@ -16,6 +16,7 @@ from megatron_vespo.objective.metrics import LossMetrics
 from megatron_vespo.policy.batch import MicroBatch
 from megatron_vespo.policy.parallel import context_parallel_group
 from megatron_vespo.policy.result import TokenScores
+from megatron_vespo.routing.replay import RoutingPass
 
 LossFunction = Callable[[TokenScores, MicroBatch], tuple[Tensor, Tensor, LossMetrics]]
 """(scores with a gradient, micro-batch on the same device) -> (numerator, denominator, metrics).
@@ -23,6 +24,9 @@ LossFunction = Callable[[TokenScores, MicroBatch], tuple[Tensor, Tensor, LossMet
 With context parallelism both hold this rank's positions only. The numerator is a scalar sum that depends on the scores
 even if nothing in the micro-batch counts; the denominator an integer scalar. The step's loss is the sum of all
 numerators over the sum of all denominators, over ranks and micro-batches; a metric likewise."""
+
+
+NumberedMicroBatches = Iterator[tuple[int, MicroBatch]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,18 +40,25 @@ class LossOutput:
 
 
 def forward_and_backward(
-    chunks: Sequence[DistributedDataParallel], micro_batches: list[MicroBatch], loss: LossFunction, device: torch.device
+    chunks: Sequence[DistributedDataParallel],
+    micro_batches: list[MicroBatch],
+    loss: LossFunction,
+    device: torch.device,
+    routing: RoutingPass,
 ) -> list[LossOutput]:
     """Accumulate and reduce the gradients of all micro-batches. Not empty on the last pipeline stage only."""
-    return _run(chunks, micro_batches, partial(_loss_and_count, loss), device, forward_only=False)
+    return _run(chunks, micro_batches, partial(_loss_and_count, loss), device, routing, forward_only=False)
 
 
 @torch.no_grad()
 def forward_only(
-    chunks: Sequence[DistributedDataParallel], micro_batches: list[MicroBatch], device: torch.device
+    chunks: Sequence[DistributedDataParallel],
+    micro_batches: list[MicroBatch],
+    device: torch.device,
+    routing: RoutingPass,
 ) -> list[TokenScores]:
     """Scores of each micro-batch's labels, of this rank's positions. Not empty on the last pipeline stage only."""
-    return _run(chunks, micro_batches, _only_scores, device, forward_only=True)
+    return _run(chunks, micro_batches, _only_scores, device, routing, forward_only=True)
 
 
 def require_equal_counts(count: int, device: torch.device) -> None:
@@ -64,12 +75,13 @@ def _run(
     micro_batches: list[MicroBatch],
     finish: Callable,
     device: torch.device,
+    routing: RoutingPass,
     forward_only: bool,
 ) -> list:
     run = get_forward_backward_func()
-    iterators: list[Iterator[MicroBatch]] = [iter(micro_batches) for _ in chunks]
+    iterators: list[NumberedMicroBatches] = [iter(enumerate(micro_batches)) for _ in chunks]
     return run(
-        forward_step_func=partial(_forward_step, device, finish),
+        forward_step_func=partial(_forward_step, device, finish, routing),
         data_iterator=iterators if len(chunks) > 1 else iterators[0],
         model=list(chunks),
         num_microbatches=len(micro_batches),
@@ -80,10 +92,14 @@ def _run(
 
 
 def _forward_step(
-    device: torch.device, finish: Callable, micro_batches: Iterator[MicroBatch], model: torch.nn.Module
+    device: torch.device,
+    finish: Callable,
+    routing: RoutingPass,
+    micro_batches: NumberedMicroBatches,
+    model: torch.nn.Module,
 ) -> tuple[Any, Callable]:
     """Megatron's forward_step_func: the model's output, and what makes a loss of it."""
-    whole = next(micro_batches)
+    number, whole = next(micro_batches)
     group = context_parallel_group()
     own = _to(device, whole.context_slice(group.rank(), group.size()) if group else whole)
     bounds = whole.cu_seqlens.to(device)
@@ -97,9 +113,12 @@ def _forward_step(
         max_seqlen_q=whole.max_seqlen,
         max_seqlen_kv=whole.max_seqlen,
     )
+    routing.begin_forward(model, number)
     output = model(
         own.input_ids[None], own.position_ids[None], None, labels=own.labels[None], packed_seq_params=packing
     )
+    # Hidden states, or on the last stage (log-probs, entropy).
+    routing.watch_backward(model, number, output[0] if isinstance(output, tuple) else output)
     return output, partial(finish, own)
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-Experts = NDArray[np.uint8] | NDArray[np.uint16]
+Experts = NDArray[np.uint8 | np.uint16]
 
 
 def expert_dtype(num_experts: int) -> type[np.uint8] | type[np.uint16]:
@@ -19,6 +19,24 @@ def expert_dtype(num_experts: int) -> type[np.uint8] | type[np.uint16]:
     if num_experts > 2**16:
         raise ValueError(f"{num_experts} experts do not fit into 16 bits")
     return np.uint8 if num_experts <= 2**8 else np.uint16
+
+
+@dataclass(frozen=True)
+class RoutingShape:
+    """Of the whole model: its MoE layers, the experts that a token goes to in each, and those it has the choice of."""
+
+    moe_layers: int
+    topk: int
+    num_experts: int
+
+    @property
+    def dtype(self) -> type[np.uint8] | type[np.uint16]:
+        return expert_dtype(self.num_experts)
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Stored, and moved to all ranks together; a mark of one byte on each rank that holds the token comes on top."""
+        return self.moe_layers * self.topk * np.dtype(self.dtype).itemsize
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ class Continued:
 def steps(trainer: MegatronPolicy, case: Case, policy: PolicyConfig, numbers: range) -> list[StepResult]:
     loss = loss_function(case.objective, trainer.context_parallel_group)
     rules = packing_rules(case.architecture, policy)
-    shares = [pack_step(case.steps[number], rules)[trainer.data_parallel_rank] for number in numbers]
+    shares = [pack_step(case.steps[number], rules)[trainer.place.share] for number in numbers]
     return [trainer.train_step(share, loss) for share in shares]
 
 

@@ -10,7 +10,7 @@ import torch
 
 from megatron_vespo.config import OptimizerConfig
 from megatron_vespo.policy.batch import pack
-from megatron_vespo.policy.packing import filler_of
+from megatron_vespo.policy.packing import FILLER_KEY, filler_of
 from megatron_vespo.policy.result import merge
 
 SEQUENCES = policy_examples.sequences([13, 2, 31, 7, 20, 9, 16, 5], masked=(3, 5))
@@ -150,8 +150,9 @@ def train_reference(model, settings, rates, sequences):
         optimizer.step()
 
 
-def test_load_balancing_loss_is_weighed_by_positions(ranks):
-    """Outside the promise of equal splits: each micro-batch adds its own loss times its positions to the numerator."""
+def test_load_balancing_loss_is_weighed_by_real_positions(ranks):
+    """Outside the promise of equal splits: each micro-batch adds its own loss times its positions to the numerator.
+    Fillers count in none."""
     architecture = policy_examples.architecture()
     model = float64_reference(architecture)
     coefficient = 0.5
@@ -161,7 +162,7 @@ def test_load_balancing_loss_is_weighed_by_positions(ranks):
     trained = ranks.run(2, policy_jobs.train, setup, [UNEQUAL_COUNTS])
 
     _, count = reference_backward(model, SEQUENCES)
-    for micro_batch in [mb for rank in UNEQUAL_COUNTS for mb in rank]:
+    for micro_batch in [mb for rank in UNEQUAL_COUNTS for mb in rank if mb.keys != (FILLER_KEY,)]:
         layers = router_logits(model, micro_batch)
         positions = len(micro_batch.input_ids)
         loss = sum(load_balancing_loss(layer, architecture) for layer in layers)
