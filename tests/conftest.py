@@ -20,7 +20,7 @@ def tiny_qwen3_moe(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def engine(tiny_qwen3_moe, tmp_path_factory) -> Iterator[RunningEngine]:
     log = tmp_path_factory.mktemp("engine") / "engine.log"
-    with running_engine(tiny_qwen3_moe, log) as engine:
+    with running_engine(tiny_qwen3_moe, log, return_routed_experts=True) as engine:
         yield engine
 
 

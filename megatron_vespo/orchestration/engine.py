@@ -60,7 +60,14 @@ class Engine:
 
 
 def engine_settings(
-    model_path: str, model_dtype: str, data: DataConfig, rollout: RolloutConfig, seed: int, logs: Path
+    model_path: str,
+    model_dtype: str,
+    data: DataConfig,
+    rollout: RolloutConfig,
+    seed: int,
+    logs: Path,
+    *,
+    return_routed_experts: bool = False,
 ) -> dict[str, Any]:
     """Arguments of `EngineServer` for a run."""
     return {
@@ -71,4 +78,5 @@ def engine_settings(
         "seed": seed,
         "log_path": str(logs / "engine.log"),
         "max_sequence_tokens": data.max_prompt_tokens + rollout.max_response_tokens,
+        "return_routed_experts": return_routed_experts,
     }

@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import aiohttp
 import numpy as np
@@ -47,6 +47,10 @@ class EngineOutput:
         log_probs: [response tokens] float32, natural logarithm, of the distribution with the temperature applied.
         finish_reason: "stop", "length" or "abort".
         finish_detail: the engine's message of an abort, else "".
+        finish_status: of HTTP, which the engine gives to an abort that is an error; None for all others.
+        cached_tokens: first tokens of the input that were found in the prefix cache.
+        retractions: how often the engine ran out of cache and computed the request's tokens again.
+        routed_experts: as it came (see `routing.codec`); None where it was not asked for or did not come.
     """
 
     request_id: str
@@ -57,6 +61,8 @@ class EngineOutput:
     weight_spans: tuple[WeightSpan, ...]
     cached_tokens: int
     retractions: int
+    finish_status: int | None = None
+    routed_experts: str | None = None
 
 
 class EngineClient:
@@ -101,10 +107,18 @@ class EngineClient:
         input_ids: list[list[int]],
         sampling_params: list[dict[str, Any]],
         request_ids: list[str],
+        *,
+        return_routed_experts: bool = False,
+        routed_experts_start_len: int = 0,
     ) -> list[EngineOutput]:
         """Sample one response to each input, in one request; SGLang's own sampling parameters for each.
 
         A caller that is cancelled closes its connection, and the engine then drops the work.
+
+        Args:
+            return_routed_experts: ask for the experts of every input position but the last sampled token's. The server
+                must have been started for it.
+            routed_experts_start_len: the first position to return, of all inputs of this request.
         """
         body: dict[str, Any] = {
             "input_ids": input_ids,
@@ -112,6 +126,8 @@ class EngineClient:
             "rid": request_ids,
             "return_logprob": True,
         }
+        if return_routed_experts:
+            body |= {"return_routed_experts": True, "routed_experts_start_len": routed_experts_start_len}
         answer = await self._request("POST", "/generate", body, deadline="generate")
         if not isinstance(answer, list) or len(answer) != len(input_ids):
             raise self._nonsense("/generate", f"expected a list of {len(input_ids)} responses", answer)
@@ -130,6 +146,18 @@ class EngineClient:
             # Asked to wait, the engine looks again only now and then, so this is not the first thing to try.
             seconds = self._deadlines["control"] / 2
             await self._request("POST", f"/flush_cache?timeout={seconds}", None, parse=False)
+
+    async def pause_generation(self, mode: Literal["abort", "in_place", "retract"]) -> None:
+        """Hold new requests, and stop those that run, until `continue_generation`.
+
+        `abort` ends the running ones, which return what they have, and waits until they have ended. `in_place` leaves
+        them with their cache; after a weight update they go on over keys and values of the old weights. `retract` takes
+        their cache away, to be computed again.
+        """
+        await self._request("POST", "/pause_generation", {"mode": mode}, deadline="weights", parse=False)
+
+    async def continue_generation(self) -> None:
+        await self._request("POST", "/continue_generation", {}, parse=False)
 
     async def begin_weight_update(self) -> None:
         await self._succeed("/begin_weight_update", {"selector": "all"})
@@ -287,4 +315,6 @@ def read_output(item: dict[str, Any]) -> EngineOutput:
         ),
         cached_tokens=meta.get("cached_tokens", 0),
         retractions=meta.get("num_retractions") or 0,
+        finish_status=finish.get("status_code"),
+        routed_experts=meta.get("routed_experts"),
     )

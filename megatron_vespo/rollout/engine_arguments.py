@@ -45,6 +45,7 @@ def command_line_arguments(
     seed: int,
     max_sequence_tokens: int,
     weight_version: int,
+    return_routed_experts: bool,
 ) -> list[str]:
     """Arguments of `sglang.launch_server`, but for host and port.
 
@@ -60,6 +61,7 @@ def command_line_arguments(
         "random-seed": seed,
         "weight-version": weight_version,
         "enable-deterministic-inference": deterministic,
+        "enable-return-routed-experts": return_routed_experts,
         "max-total-tokens": engine.max_total_tokens,
         "max-running-requests": engine.max_running_requests,
         "mem-fraction-static": engine.memory_fraction,

@@ -3,7 +3,7 @@
 import asyncio
 import hashlib
 from collections import deque
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,12 @@ import numpy as np
 from megatron_vespo.config import ConfigError, RolloutConfig, SamplingConfig
 from megatron_vespo.errors import RunError
 from megatron_vespo.rollout.client import EngineClient, EngineOutput
-from megatron_vespo.rollout.trajectory import FinishReason, Group, Prompt, Segment, Trajectory
+from megatron_vespo.rollout.segments import Response, covers, was_paused
+from megatron_vespo.rollout.trajectory import Group, Prompt, Trajectory
+from megatron_vespo.routing.shape import RouteShape
+
+MAX_FRUITLESS_REQUESTS = 100
+"""In a row, of one response: a pause that finds it waiting each time would be bad luck, but this is something else."""
 
 
 class ResponseError(RunError):
@@ -25,10 +30,15 @@ class Generation:
 
     Attributes:
         samples: responses to each prompt.
-        stop_token_ids: end a response, which keeps it. The engine stops at the eos ids of the model's config as well.
+        stop_token_ids: end a response, which keeps it. The engine stops at the eos ids of the model's config as well;
+            where responses may be aborted and go on, these must be among them.
         vocab_size: of the model; ids from 0 to vocab_size - 1 exist.
         stream: what the seeds and request ids of this batch start with, e.g. "rollout/12".
-        weight_version: which every token must have been sampled under.
+        weight_version: which every token must have been sampled under. None: weights may change at any time, and a
+            response that is aborted for it goes on under the new ones.
+        cache_version: oldest weights under which something in the engine's prefix cache may have been computed; None:
+            the cache is emptied at each change of weights.
+        routes: what the engine's routes look like; None: they are not asked for.
     """
 
     samples: int
@@ -40,7 +50,9 @@ class Generation:
     vocab_size: int
     run_seed: int
     stream: str
-    weight_version: int
+    weight_version: int | None
+    cache_version: int | None = None
+    routes: RouteShape | None = None
 
 
 def generate_groups(
@@ -52,9 +64,14 @@ def generate_groups(
     vocab_size: int,
     run_seed: int,
     batch_index: int,
-    weight_version: int,
+    weight_version: int | None,
+    cache_version: int | None = None,
+    routes: RouteShape | None = None,
 ) -> AsyncIterator[Group]:
     """The groups of rollout batch `batch_index`, in the order of their completion; `text` is left to the caller.
+
+    Arguments are those of `Generation`. With `routes` each trajectory has `engine_routes`; those that are missing, broken
+    or of uncertain origin are masked and counted there.
 
     Raises:
         EngineError: the engine refused a request, or did not answer.
@@ -71,6 +88,8 @@ def generate_groups(
         run_seed=run_seed,
         stream=f"rollout/{batch_index}",
         weight_version=weight_version,
+        cache_version=cache_version,
+        routes=routes,
     )
     return generate(client, prompts, generation)
 
@@ -89,7 +108,8 @@ def generate_responses(
     run_seed: int,
     weight_version: int,
 ) -> AsyncIterator[Group]:
-    """For evaluation: any sampling parameters; the same seeds, and so the same noise, in every evaluation of a run.
+    """For evaluation: any sampling parameters; the same seeds, and so the same noise, in every evaluation of a run. No
+    routes are recorded.
 
     Raises:
         ConfigError: min_p in deterministic mode, which SGLang's seeded sampling does not have.
@@ -146,17 +166,64 @@ async def generate_group(client: EngineClient, prompt: Prompt, generation: Gener
     outputs = await client.generate(
         [token_ids] * generation.samples,
         [sampling_params(generation, prompt.identity, sample) for sample in samples],
-        [f"{generation.stream}/{prompt.identity}/{sample}" for sample in samples],
+        [request_id(generation, prompt.identity, sample) for sample in samples],
+        return_routed_experts=generation.routes is not None,
     )
-    group = Group(prompt)
-    for sample, output in enumerate(outputs):
-        check(output, generation, f"response {sample} to prompt {prompt.identity}")
-        group.trajectories.append(to_trajectory(output, prompt, sample))
-    return group
+    trajectories = await all_or_none(
+        [complete(client, generation, Response(prompt, sample), outputs[sample]) for sample in samples]
+    )
+    return Group(prompt, trajectories)
 
 
-def sampling_params(generation: Generation, identity: str, sample: int) -> dict[str, Any]:
-    """SGLang's parameters of one sample. Without deterministic inference it ignores seeds, so none is sent."""
+async def complete(
+    client: EngineClient, generation: Generation, response: Response, output: EngineOutput
+) -> Trajectory:
+    """The whole of a response of which `output` is the first part: as often as it is aborted, a new request goes on.
+
+    The engine holds that request for as long as it is paused.
+    """
+    identity, sample = response.prompt.identity, response.sample
+    while True:
+        check(output, generation, f"response {sample} to prompt {identity}", response.num_tokens)
+        await response.add(output, generation.routes, generation.cache_version)
+        finish = response.finish_reason(generation.max_response_tokens, generation.stop_token_ids)
+        if finish is not None:
+            return response.trajectory(finish)
+        if response.fruitless >= MAX_FRUITLESS_REQUESTS:
+            raise ResponseError(
+                f"response {sample} to prompt {identity}: aborted {response.fruitless} times before its next token: "
+                f"{output.finish_detail}"
+            )
+        (output,) = await client.generate(
+            [response.input_ids],
+            [sampling_params(generation, identity, sample, response.num_tokens)],
+            [f"{request_id(generation, identity, sample)}/{response.requests}"],
+            return_routed_experts=generation.routes is not None,
+            routed_experts_start_len=response.first_position,
+        )
+
+
+async def all_or_none(work: Sequence[Coroutine[Any, Any, Trajectory]]) -> list[Trajectory]:
+    """When one fails, the others are dropped."""
+    tasks = [asyncio.create_task(one) for one in work]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def request_id(generation: Generation, identity: str, sample: int) -> str:
+    return f"{generation.stream}/{identity}/{sample}"
+
+
+def sampling_params(generation: Generation, identity: str, sample: int, sampled: int = 0) -> dict[str, Any]:
+    """SGLang's parameters of one sample that has `sampled` tokens already.
+
+    Without deterministic inference it ignores seeds, so none is sent. With it, a token's noise depends on the seed and
+    the token's position in prompt and response, so a response that goes on keeps its seed.
+    """
     chosen = generation.sampling
     params: dict[str, Any] = {
         "temperature": chosen.temperature,
@@ -166,7 +233,7 @@ def sampling_params(generation: Generation, identity: str, sample: int) -> dict[
         "frequency_penalty": chosen.frequency_penalty,
         "presence_penalty": chosen.presence_penalty,
         "repetition_penalty": chosen.repetition_penalty,
-        "max_new_tokens": generation.max_response_tokens,
+        "max_new_tokens": generation.max_response_tokens - sampled,
         "stop_token_ids": list(generation.stop_token_ids),
     }
     if chosen.logit_bias:
@@ -189,29 +256,25 @@ def sample_seed(run_seed: int, stream: str, identity: str, sample: int) -> int:
     return int.from_bytes(digest.digest(), "big") & (2**63 - 1)
 
 
-def check(output: EngineOutput, generation: Generation, what: str) -> None:
-    """Raises ResponseError for a response that must not be trained on or graded."""
-    ids, length = output.token_ids, len(output.token_ids)
-    if output.finish_reason not in ("stop", "length"):
+def check(output: EngineOutput, generation: Generation, what: str, sampled: int = 0) -> None:
+    """Raises ResponseError for a response that must not be trained on or graded.
+
+    Args:
+        sampled: tokens that earlier requests sampled of the same response.
+    """
+    length = len(output.token_ids)
+    paused = generation.weight_version is None and was_paused(output)
+    if output.finish_reason not in ("stop", "length") and not paused:
         raise ResponseError(f"{what}: the engine ended it: {output.finish_reason} {output.finish_detail}")
-    if not 0 < length <= generation.max_response_tokens:
-        raise ResponseError(f"{what}: {length} tokens, asked for 1 to {generation.max_response_tokens}")
-    if output.finish_reason == "length" and length != generation.max_response_tokens:
-        raise ResponseError(
-            f"{what}: cut after {length} of {generation.max_response_tokens} tokens: the engine's context is too short"
-        )
+    asked = generation.max_response_tokens - sampled
+    if not (0 if paused else 1) <= length <= asked:
+        raise ResponseError(f"{what}: {length} tokens, asked for 1 to {asked}")
+    if output.finish_reason == "length" and length != asked:
+        raise ResponseError(f"{what}: cut after {length} of {asked} tokens: the engine's context is too short")
     if len(output.log_probs) != length:
         raise ResponseError(f"{what}: {length} tokens but {len(output.log_probs)} log-probs")
-    if ids.min() < 0 or ids.max() >= generation.vocab_size:
-        raise ResponseError(f"{what}: token id {ids.max()} with a vocabulary of {generation.vocab_size}")
-    if not np.isfinite(output.log_probs).all() or output.log_probs.max() > 1e-3:
-        raise ResponseError(f"{what}: a log-prob is not finite or above 0")
-    spans = output.weight_spans
-    if [s.start for s in spans] != [0, *(s.end for s in spans[:-1])] or spans[-1].end != length:
-        raise ResponseError(f"{what}: its weight versions {spans} do not cover its {length} tokens")
-    versions = {span.version for span in spans}
-    if versions != {str(generation.weight_version)}:
-        raise ResponseError(f"{what}: sampled under weights {versions}, expected {generation.weight_version}")
+    if length:
+        check_tokens(output, generation, what)
     if generation.deterministic and output.retractions:
         raise ResponseError(
             f"{what}: the engine ran out of cache and retracted it {output.retractions} times, which is outside "
@@ -219,13 +282,18 @@ def check(output: EngineOutput, generation: Generation, what: str) -> None:
         )
 
 
-def to_trajectory(output: EngineOutput, prompt: Prompt, sample: int) -> Trajectory:
-    finish: FinishReason = "stop" if output.finish_reason == "stop" else "length"
-    return Trajectory(
-        prompt=prompt,
-        sample=sample,
-        response_ids=output.token_ids,
-        behavior_log_probs=output.log_probs,
-        segments=[Segment(span.start, span.end, int(span.version), output.request_id) for span in output.weight_spans],
-        finish_reason=finish,
-    )
+def check_tokens(output: EngineOutput, generation: Generation, what: str) -> None:
+    """Raises ResponseError where ids, log-probs or weight versions cannot be those of sampled tokens."""
+    ids, length = output.token_ids, len(output.token_ids)
+    if ids.min() < 0 or ids.max() >= generation.vocab_size:
+        raise ResponseError(f"{what}: token id {ids.max()} with a vocabulary of {generation.vocab_size}")
+    if not np.isfinite(output.log_probs).all() or output.log_probs.max() > 1e-3:
+        raise ResponseError(f"{what}: a log-prob is not finite or above 0")
+    if not covers(output.weight_spans, length):
+        raise ResponseError(f"{what}: its weight versions {output.weight_spans} do not cover its {length} tokens")
+    versions = {span.version for span in output.weight_spans}
+    expected = generation.weight_version
+    if expected is None and not all(version.isdecimal() for version in versions):
+        raise ResponseError(f"{what}: sampled under weights {versions}, which are not optimizer steps")
+    if expected is not None and versions != {str(expected)}:
+        raise ResponseError(f"{what}: sampled under weights {versions}, expected {expected}")

@@ -1,9 +1,9 @@
 """The SGLang server process: `python -m megatron_vespo.rollout.serve --parent PID --scratch DIR [arguments of SGLang]`.
 
-The same server as `sglang.launch_server`, with three differences: what a CPU needs is in place before SGLang is
+The same server as `sglang.launch_server`, with four differences: what a CPU needs is in place before SGLang is
 imported; on a CPU the scheduler is forked from this process, which has imported everything already, instead of spawned
-(half the start-up time); and when the process PARENT dies, all of this server ends and removes what it wrote to DIR and
-shared memory.
+(half the start-up time); when the process PARENT dies, all of this server ends and removes what it wrote to DIR and
+shared memory; and `--router-noise` makes it route wrongly (router_noise.py).
 """
 
 import argparse
@@ -14,18 +14,21 @@ import signal
 import sys
 from pathlib import Path
 
-from megatron_vespo.rollout import process_tree, sglang_on_cpu
+from megatron_vespo.rollout import process_tree, router_noise, sglang_on_cpu
 
 PR_SET_PDEATHSIG = 1
 ORPHANED = signal.SIGUSR2
 
 sglang_on_cpu.prepare_imports()
+# Spawned processes come here too, with the same arguments, before they load plugins and apply hooks.
+router_noise.register(sys.argv[1:])
 
 
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(allow_abbrev=False)
     parser.add_argument("--parent", type=int, required=True)
     parser.add_argument("--scratch", type=Path, required=True)
+    router_noise.add_options(parser)
     own, sglang_arguments = parser.parse_known_args(arguments)
     end_with_parent(own.parent, own.scratch)
 

@@ -18,7 +18,7 @@ import torch
 
 from megatron_vespo.config import ConfigError, EngineConfig
 from megatron_vespo.errors import RunError
-from megatron_vespo.rollout import process_tree
+from megatron_vespo.rollout import process_tree, router_noise
 from megatron_vespo.rollout.engine_arguments import check_sequence_length, child_environment, command_line_arguments
 from megatron_vespo.rollout.engine_log import first_cause
 
@@ -46,6 +46,7 @@ class EngineServer:
         log_path: what the server prints is appended here.
         max_sequence_tokens: longest prompt plus response.
         weight_version: of the weights in `model_path`.
+        return_routed_experts: requests may ask for the experts that their tokens went to.
         scratch_parent: where the folder of the server's sockets is made; None: the system's temporary folder. What is
             killed before it could clean up goes with this folder.
         device: "cuda" or "cpu"; None: "cuda" where torch finds it.
@@ -62,6 +63,7 @@ class EngineServer:
         log_path: str | Path,
         max_sequence_tokens: int,
         weight_version: int = 0,
+        return_routed_experts: bool = False,
         scratch_parent: str | Path | None = None,
         device: str | None = None,
     ) -> None:
@@ -79,6 +81,7 @@ class EngineServer:
             seed=seed,
             max_sequence_tokens=max_sequence_tokens,
             weight_version=weight_version,
+            return_routed_experts=return_routed_experts,
         )
         self._process: subprocess.Popen | None = None
         self._scratch: Path | None = None
@@ -125,6 +128,7 @@ class EngineServer:
         self._log_path.parent.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, "-m", "megatron_vespo.rollout.serve"]
         command += ["--parent", str(os.getpid()), "--scratch", str(self._scratch)]
+        command += router_noise.as_options(self._engine.router_noise)
         command += ["--host", HOST, "--port", str(self.port), *self._arguments]
         with self._log_path.open("ab") as log:
             self._log_start = log.tell()

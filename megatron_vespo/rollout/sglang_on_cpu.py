@@ -12,6 +12,8 @@ called by SGLang itself in each process, as a plugin of the entry point group `s
 | `sgl_kernel::murmur_hash32_cpu`, seeds of single samples | the same hash, in numpy |
 | a deterministic attention backend | `torch_native`: it attends each sequence by itself |
 | batch-invariant matrix products (Triton) | `aten::mm` in blocks of rows of one fixed size |
+| room for the routed experts of a prefill batch that is not chunked (SGLang sizes the buffer by the chunk, which is -1 \
+here, or by the running requests, and writes beyond it) | a buffer for the largest prefill batch |
 """
 
 import functools
@@ -116,11 +118,24 @@ def register() -> None:
     HookRegistry.register(batch_invariance, make_products_batch_invariant, HookType.REPLACE)
     allocation = "sglang.srt.mem_cache.pool_host.common.alloc_with_host_register"
     HookRegistry.register(allocation, allocate_plain, HookType.REPLACE)
+    capturer = "sglang.srt.state_capturer.routed_experts.RoutedExpertsCapturer.__init__"
+    HookRegistry.register(capturer, make_room_for_whole_prompts, HookType.AFTER)
 
 
 def allocate_plain(dims, dtype, device, pin_memory, allocator, registration_granularity_bytes=None) -> torch.Tensor:
     """Host memory that no GPU will read, so nothing to register. Arguments as SGLang passes them."""
     return torch.empty(dims, dtype=dtype, device=device)
+
+
+def make_room_for_whole_prompts(_, capturer, model_config, *__, **___) -> None:
+    """Let a RoutedExpertsCapturer hold the largest prefill batch: several prompts of up to max_prefill_tokens together,
+    or a longer one by itself."""
+    from sglang.srt.runtime_context import get_schedule
+
+    cache = capturer.device_cache
+    rows, *others = cache.buffer.shape
+    rows = max(rows, get_schedule().max_prefill_tokens, model_config.context_len)
+    cache.buffer = cache.buffer.new_zeros((rows, *others))
 
 
 @functools.cache

@@ -1,6 +1,7 @@
 """Trajectories on disk: arrays as safetensors, everything else as JSON. Nothing is unpickled."""
 
 import json
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,14 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from megatron_vespo.rollout.trajectory import Prompt, Segment, Trajectory
+from megatron_vespo.routing.routes import Routes
 
 TOKENS = ("response_ids", "behavior_log_probs", "proximal_log_probs", "reference_log_probs", "engine_log_weights")
 """Arrays [response tokens]; only the first two are always there."""
 NUMBERS = ("reward", "advantage")
+ROUTES = ("engine_routes", "proximal_routes")
+"""Of each trajectory or of none or of some."""
+ROUTE_ARRAYS = ("experts", "recorded", "weight_versions")
 
 
 def write_trajectories(trajectories: list[Trajectory], folder: Path) -> None:
@@ -33,6 +38,8 @@ def write_trajectories(trajectories: list[Trajectory], folder: Path) -> None:
             arrays[name] = _joined(values, values[0].dtype)
         elif any(value is not None for value in values):
             raise ValueError(f"{name}: some trajectories have it and some do not")
+    for name in ROUTES:
+        arrays |= _route_arrays(name, [routes for t in trajectories if (routes := getattr(t, name)) is not None])
     save_file(arrays, folder / "trajectories.safetensors")
     rest = [
         {
@@ -43,6 +50,7 @@ def write_trajectories(trajectories: list[Trajectory], folder: Path) -> None:
             "text": t.text,
             "outcome": t.outcome,
             "trained": t.trained,
+            "masked_routes": {name: getattr(t, name).masked for name in ROUTES if getattr(t, name) is not None},
         }
         for t in trajectories
     ]
@@ -55,6 +63,7 @@ def read_trajectories(folder: Path) -> list[Trajectory]:
     rest: list[dict[str, Any]] = json.loads((folder / "trajectories.json").read_text(encoding="utf-8"))
     prompt_ids = _split(arrays["prompt.token_ids"], arrays["prompt.lengths"])
     tokens = {name: _split(arrays[name], arrays["lengths"]) for name in TOKENS if name in arrays}
+    routes = {name: _routes(name, arrays) for name in ROUTES}
     prompts: dict[str, Prompt] = {}
     trajectories = []
     for number, row in enumerate(rest):
@@ -63,9 +72,28 @@ def read_trajectories(folder: Path) -> list[Trajectory]:
         )
         own: dict[str, Any] = {name: pieces[number] for name, pieces in tokens.items()}
         own |= {name: float(arrays[name][number]) for name in NUMBERS}
+        for name, masked in row.pop("masked_routes", {}).items():
+            own[name] = Routes(**next(routes[name]), masked=masked)
         segments = [Segment(**segment) for segment in row["segments"]]
         trajectories.append(Trajectory(**row | {"prompt": prompt, "segments": segments} | own))
     return trajectories
+
+
+def _route_arrays(name: str, routes: list[Routes]) -> dict[str, np.ndarray]:
+    """Of the trajectories that have them, behind each other."""
+    if not routes:
+        return {}
+    lengths = np.array([len(one) for one in routes], dtype=np.int64)
+    joined = {f"{name}.{part}": np.concatenate([getattr(one, part) for one in routes]) for part in ROUTE_ARRAYS}
+    return joined | {f"{name}.lengths": lengths}
+
+
+def _routes(name: str, arrays: dict[str, np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
+    """`ROUTE_ARRAYS` of each trajectory that has them."""
+    if f"{name}.lengths" in arrays:
+        lengths = arrays[f"{name}.lengths"]
+        for pieces in zip(*(_split(arrays[f"{name}.{part}"], lengths) for part in ROUTE_ARRAYS), strict=True):
+            yield dict(zip(ROUTE_ARRAYS, pieces, strict=True))
 
 
 def _joined(values: list[np.ndarray], dtype: Any) -> np.ndarray:

@@ -14,6 +14,7 @@ from megatron_vespo.orchestration.checkpoints import complete, complete_checkpoi
 from megatron_vespo.orchestration.resume import changed, is_free
 from megatron_vespo.rollout.trajectory import Prompt, Segment, Trajectory
 from megatron_vespo.rollout.trajectory_file import read_trajectories, write_trajectories
+from megatron_vespo.routing.routes import Routes
 
 
 def written(run: Path, step: int) -> Path:
@@ -100,8 +101,17 @@ def test_every_changed_setting_is_found_with_its_path():
     assert not is_free("policy.reference.path") and not is_free("policyx") and is_free("observability")
 
 
-def trajectory(number: int, tokens: int, with_scores: bool) -> Trajectory:
+def some_routes(positions: int, expert_type: type) -> Routes:
+    random = np.random.default_rng(positions)
+    recorded = random.random(positions) < 0.7
+    experts = random.integers(0, np.iinfo(expert_type).max, (positions, 3, 2), endpoint=True).astype(expert_type)
+    versions = random.integers(0, 2**31 - 1, positions, dtype=np.int32)
+    return Routes(experts, recorded, versions, {"older_cache": int((~recorded).sum())} if positions % 2 else {})
+
+
+def trajectory(number: int, tokens: int, with_scores: bool, with_routes: bool = False) -> Trajectory:
     random = np.random.default_rng(number)
+    positions = number // 2 + tokens
 
     def values() -> np.ndarray:
         return random.normal(size=tokens).astype(np.float32)
@@ -120,14 +130,16 @@ def trajectory(number: int, tokens: int, with_scores: bool) -> Trajectory:
         advantage=float("nan") if number == 3 else float(random.normal()),
         proximal_log_probs=values() if with_scores else None,
         engine_log_weights=np.full(tokens, -np.inf, dtype=np.float32) if with_scores else None,
+        engine_routes=some_routes(positions, np.uint8) if with_routes else None,
+        proximal_routes=some_routes(positions, np.uint16) if with_routes and number % 3 else None,
     )
 
 
 @settings(max_examples=30, deadline=None)
-@given(lengths=st.lists(st.integers(0, 9), max_size=6), with_scores=st.booleans())
+@given(lengths=st.lists(st.tuples(st.integers(0, 9), st.booleans()), max_size=6), with_scores=st.booleans())
 def test_trajectories_come_back_bit_for_bit(tmp_path_factory, lengths, with_scores):
     folder = tmp_path_factory.mktemp("trajectories")
-    saved = [trajectory(number, tokens, with_scores) for number, tokens in enumerate(lengths)]
+    saved = [trajectory(number, tokens, with_scores, routes) for number, (tokens, routes) in enumerate(lengths)]
     write_trajectories(saved, folder)
     found = read_trajectories(folder)
     assert len(found) == len(saved)
@@ -137,6 +149,11 @@ def test_trajectories_come_back_bit_for_bit(tmp_path_factory, lengths, with_scor
             if isinstance(ours, np.ndarray):
                 assert ours.dtype == theirs.dtype
                 np.testing.assert_array_equal(ours, theirs)
+            elif isinstance(ours, Routes):
+                assert ours.masked == theirs.masked
+                for part in ("experts", "recorded", "weight_versions"):
+                    assert getattr(ours, part).dtype == getattr(theirs, part).dtype
+                    np.testing.assert_array_equal(getattr(ours, part), getattr(theirs, part))
             elif field.name == "prompt":
                 assert (ours.identity, ours.text, ours.source) == (theirs.identity, theirs.text, theirs.source)
                 assert ours.token_ids.tolist() == theirs.token_ids.tolist()

@@ -48,23 +48,29 @@ def group_with(engine) -> Iterator[dist.ProcessGroup]:
         dist.destroy_process_group(group)
 
 
-def update(engine, group: dist.ProcessGroup, tensors: dict[str, torch.Tensor], weight_version: int) -> None:
+def update(
+    engine, group: dist.ProcessGroup, tensors: dict[str, torch.Tensor], weight_version: int, *, flush_cache: bool = True
+) -> None:
     """Send `tensors` as one bucket, and flush the engine's caches."""
+    engine.run(send(engine, group, tensors, weight_version, flush_cache=flush_cache))
+
+
+async def send(
+    engine, group: dist.ProcessGroup, tensors: dict[str, torch.Tensor], weight_version: int, *, flush_cache: bool = True
+) -> None:
+    """As `update`, within the engine's event loop."""
     flat = torch.cat([tensor.contiguous().flatten().view(torch.uint8) for tensor in tensors.values()])
-
-    async def send():
-        await engine.client.begin_weight_update()
-        await asyncio.gather(
-            engine.client.update_weights_from_distributed(
-                names=list(tensors),
-                dtypes=[str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()],
-                shapes=[list(tensor.shape) for tensor in tensors.values()],
-                group_name=GROUP,
-                weight_version=weight_version,
-            ),
-            asyncio.to_thread(dist.broadcast, flat, 0, group),
-        )
-        await engine.client.end_weight_update()
+    await engine.client.begin_weight_update()
+    await asyncio.gather(
+        engine.client.update_weights_from_distributed(
+            names=list(tensors),
+            dtypes=[str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()],
+            shapes=[list(tensor.shape) for tensor in tensors.values()],
+            group_name=GROUP,
+            weight_version=weight_version,
+        ),
+        asyncio.to_thread(dist.broadcast, flat, 0, group),
+    )
+    await engine.client.end_weight_update()
+    if flush_cache:
         await engine.client.flush_cache()
-
-    engine.run(send())

@@ -1,5 +1,7 @@
 """Prompts, and groups collected from an engine."""
 
+from typing import Any
+
 import numpy as np
 
 from megatron_vespo.config import RolloutConfig
@@ -21,12 +23,18 @@ def random_prompts(count: int, seed: int = 0, low: int = 4, high: int = 299) -> 
     ]
 
 
+def settings_of(engine) -> dict[str, Any]:
+    """Arguments of `generate_groups`, of an engine that holds weights 0."""
+    common = {"stop_token_ids": [2], "run_seed": 5, "batch_index": 0, "weight_version": 0}
+    return common | {"vocab_size": engine.vocab_size}
+
+
 def collect(engine, prompts: list[Prompt], rollout: RolloutConfig, **changes) -> dict[str, Group]:
     """Groups by the identity of their prompt."""
-    settings = {"stop_token_ids": [2], "run_seed": 5, "batch_index": 0, "weight_version": 0} | changes
+    settings = settings_of(engine) | changes
 
     async def gather() -> dict[str, Group]:
-        stream = generate_groups(engine.client, prompts, rollout, vocab_size=engine.vocab_size, **settings)
+        stream = generate_groups(engine.client, prompts, rollout, **settings)
         return {group.prompt.identity: group async for group in stream}
 
     return engine.run(gather())

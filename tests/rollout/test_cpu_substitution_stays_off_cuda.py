@@ -27,7 +27,7 @@ sglang_on_cpu.prepare_imports()
 from sglang.srt.plugins import load_plugins
 from sglang.srt.plugins.hook_registry import HookRegistry
 load_plugins()
-assert len(HookRegistry._patched) == 2, HookRegistry._patched
+assert len(HookRegistry._patched) == 3, HookRegistry._patched
 import sglang.srt.batch_invariant_ops as operators
 from sglang.srt.arg_groups.choices import DETERMINISTIC_ATTENTION_BACKEND_CHOICES
 assert "torch_native" in DETERMINISTIC_ATTENTION_BACKEND_CHOICES
