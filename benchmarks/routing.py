@@ -34,7 +34,7 @@ from megatron_vespo.routing.routes import Routes, recorded_routes
 from megatron_vespo.routing.slices import RankPlace, RoutingShape, assemble_routes, slice_routes
 
 LAYERS, TOPK, EXPERTS = 48, 8, 128
-SHAPE = RoutingShape(LAYERS, TOPK, EXPERTS)
+SHAPE = RoutingShape((True,) * LAYERS, TOPK, EXPERTS)
 WIRE_ROW = LAYERS * TOPK * 4 // 3 * 4
 """Base64 bytes of a token: four for three bytes, of which an id has four."""
 TOKENS, SHORTEST, LONGEST = 2_000_000, 300, 8192

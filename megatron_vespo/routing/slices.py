@@ -92,7 +92,7 @@ def slice_routes(
     for micro_batch in micro_batches:
         for key, length in zip(micro_batch.keys, micro_batch.lengths, strict=True):
             if key in routes:
-                expected = (length, shape.moe_layers, shape.topk)
+                expected = (length, shape.num_moe_layers, shape.topk)
                 _check_experts(f"the routes of sequence {key}", routes[key].experts, expected, shape)
     bounds = [0, *accumulate(_own_positions(micro_batch, place) for micro_batch in micro_batches)]
     # One array for all micro-batches: the system hands out memory of that size in huge pages, several times faster.
@@ -145,8 +145,8 @@ def assemble_routes(
             micro-batches; or a slice is of another shape than its micro-batch and place.
     """
     lengths = _lengths(shares)
-    experts = {key: np.zeros((n, shape.moe_layers, shape.topk), dtype=shape.dtype) for key, n in lengths.items()}
-    times = {key: np.zeros((n, shape.moe_layers), dtype=np.uint8) for key, n in lengths.items()}
+    experts = {key: np.zeros((n, shape.num_moe_layers, shape.topk), dtype=shape.dtype) for key, n in lengths.items()}
+    times = {key: np.zeros((n, shape.num_moe_layers), dtype=np.uint8) for key, n in lengths.items()}
     for place, parts in slices:
         layers = runs(place.moe_layers)
         for micro_batch, part in zip(shares[place.share], parts, strict=True):
