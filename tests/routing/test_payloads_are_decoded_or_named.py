@@ -82,7 +82,7 @@ def test_what_stands_in_dense_layers_does_not_matter():
     np.testing.assert_array_equal(found, ids[:, [1, 2, 4]])
 
 
-def test_one_row_of_expert_zero_is_no_fault_with_one_expert_per_token():
+def test_expert_zero_in_few_rows_or_alone_is_no_fault_with_one_expert_per_token():
     ids = np.zeros((7, 3, 1))
     np.testing.assert_array_equal(decode(wire(ids), rows=7, moe_layers=ALL_MOE, topk=1, num_experts=4), ids)
     many = np.zeros((50, 3, 1))
