@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, PositiveInt
+from pydantic import Field, PositiveInt, field_validator
 
 from megatron_vespo.config.load import load_config
 from megatron_vespo.config.run import TrainConfig
@@ -38,6 +38,14 @@ class AblationConfig(Section):
     grid: dict[str, tuple[Any, ...]] = Field(default_factory=dict)
     """Values to try, by key.path."""
     seeds: tuple[PositiveInt, ...] = Field(default=(1, 2, 3), min_length=1)
+
+    @field_validator("grid")
+    @classmethod
+    def _yaml_off(cls, grid: dict[str, tuple[Any, ...]]) -> dict[str, tuple[Any, ...]]:
+        """YAML reads a bare `off` as false; the names of runs say what was meant."""
+        key = "routing.replay"
+        off = {key: tuple("off" if value is False else value for value in grid[key])} if key in grid else {}
+        return grid | off
 
     def own_problems(self) -> Iterator[tuple[str, str]]:
         settings = [("set", self.set), ("grid", self.grid)]

@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -28,8 +29,13 @@ PAGE = "comparison.html"
 FIGURES = "comparison.json"
 CONSOLE_LOG = "console.log"
 
+Also = Callable[[list[Variant]], None]
+"""Given all runs that have begun, whenever they are compared: writes a comparison of its own."""
 
-def run_ablation(title: str, planned: list[PlannedRun], out: Path, minutes: float | None = None) -> str:
+
+def run_ablation(
+    title: str, planned: list[PlannedRun], out: Path, minutes: float | None = None, also: Also | None = None
+) -> str:
     """`megatron-vespo ablate`: train what is not finished in `out`, then compare all.
 
     A run that fails is named at the end, and the others go on. After `minutes` no further run is started; the same
@@ -60,20 +66,20 @@ def run_ablation(title: str, planned: list[PlannedRun], out: Path, minutes: floa
             while todo and in_time():
                 await train_one(parts, todo[0], f"[{len(planned) - len(todo) + 1}/{len(planned)}]")
                 todo.pop(0)
-                compare(title, planned, out)
+                compare(title, planned, out, also)
 
     while todo and in_time():
         try:
             run_interruptible(train_on)
         except Interrupted:
-            compare(title, planned, out)
+            compare(title, planned, out, also)
             raise
         except RunError as error:
             # What is left of a failed run is not built upon: the next one starts everything anew.
             run = todo.pop(0)
             failed.append(f"{run.variant}, seed {run.seed}: {error}")
             print(f"  failed: {error}", flush=True)
-    compare(title, planned, out)
+    compare(title, planned, out, also)
     page = out / PAGE
     if failed:
         raise RunError(f"{len(failed)} of {len(planned)} runs failed; {page} compares the others\n" + "\n".join(failed))
@@ -128,11 +134,13 @@ async def train_one(parts: Parts, run: PlannedRun, number: str) -> None:
     print(f"  accuracy {accuracy['before']:.3f} -> {accuracy['after']:.3f} in {seconds:.0f} s", flush=True)
 
 
-def compare(title: str, planned: list[PlannedRun], out: Path) -> None:
+def compare(title: str, planned: list[PlannedRun], out: Path, also: Also | None) -> None:
     """Write the page and the figures of all runs that have begun."""
     if variants := _variants(planned):
         (out / FIGURES).write_text(json.dumps(comparison_rows(variants), indent=1) + "\n")
         write_comparison(out / PAGE, title, variants)
+        if also is not None:
+            also(variants)
 
 
 def _variants(planned: list[PlannedRun]) -> list[Variant]:

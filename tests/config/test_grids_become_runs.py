@@ -55,6 +55,14 @@ def test_every_variant_meets_every_value_and_every_seed(folder):
     assert runs[0].config.run_dir == str(folder / "out" / "vespo_staleness=1" / "seed_1")
 
 
+def test_a_bare_off_is_called_off(folder):
+    """YAML reads it as false."""
+    runs = planned(folder, GRID.replace("algorithm.staleness: [1, 16]", "routing.replay: [off, R3]"))
+    assert [run.variant for run in runs[:2]] == ["vespo, replay=off", "vespo, replay=R3"]
+    assert [run.config.routing.replay for run in runs[:2]] == ["off", "R3"]
+    assert runs[0].config.run_dir == str(folder / "out" / "vespo_replay=off" / "seed_1")
+
+
 def test_the_command_line_has_the_last_word(folder):
     assert {run.config.algorithm.steps for run in planned(folder, overrides=["algorithm.steps=32"])} == {32}
 
