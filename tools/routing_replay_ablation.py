@@ -26,7 +26,7 @@ from megatron_vespo.observability.routing_comparison import (
 
 FIGURES = "ablation.json"
 PAGE = "routing.html"
-LEFT_TO_THE_PAGE = ("accuracy_before", "accuracy_best", "share_above_ln2_native", "share_above_ln2_replayed")
+LEFT_TO_THE_PAGE = ("accuracy_before", "share_above_ln2_native", "share_above_ln2_replayed")
 TABLE_WIDTH = 170
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)

@@ -11,7 +11,7 @@ from jinja2 import Environment
 from markupsafe import Markup
 
 from megatron_vespo.config import ConfigError
-from megatron_vespo.observability.charts import percent, short
+from megatron_vespo.observability.charts import percent
 from megatron_vespo.observability.collapse import points
 from megatron_vespo.observability.comparison import NOT_SET, comparison_rows
 from megatron_vespo.observability.comparison_charts import Variant, colour_of, palette, three_digits
@@ -42,17 +42,12 @@ MEASURED = (
 """Numbers of a run beside those of `comparison_rows`; a variant has mean, least and largest of each."""
 
 
-def _times(value: float) -> str:
-    return f"{short(float(f'{value:.2g}'))} times"
-
-
 COLUMNS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     ("accuracy_before", "Accuracy before", percent),
     ("accuracy_final", "after", percent),
-    ("accuracy_best", "best", percent),
     ("k3_native", "k3 native", three_digits),
     ("k3_replayed", "k3 replayed", three_digits),
-    ("k3_lowered_by", "lowered", _times),
+    ("k3_lowered_by", "lowered, times", three_digits),
     ("share_above_ln2_native", "Above ln 2, native", percent),
     ("share_above_ln2_replayed", "replayed", percent),
     ("same_set_equal_versions", "Same experts, equal weights", percent),
@@ -195,10 +190,11 @@ def _runs(row: dict[str, Any]) -> str:
 
 
 def _cell(spread: dict[str, Any], form: Callable[[float], str]) -> tuple[str, str]:
-    """(mean, least to largest if there are several runs)."""
+    """(mean, least to largest if they differ)."""
     if not spread["n"]:
         return NOT_SET, ""
-    return form(spread["mean"]), f"{form(spread['min'])} to {form(spread['max'])}" if spread["n"] > 1 else ""
+    low, high = form(spread["min"]), form(spread["max"])
+    return form(spread["mean"]), f"{low} to {high}" if low != high else ""
 
 
 def _engine_dtype(run: RunFolder) -> str | None:

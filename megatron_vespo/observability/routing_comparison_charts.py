@@ -32,6 +32,7 @@ AT_EQUAL_VERSIONS = Measure(
     lambda run: points(run, "rollout", "routing_probe/same_set"),
     label="same set of experts",
     form=percent,
+    include=(0.99, 1.0),
     dots=True,
 )
 OVER_STEPS = Measure(
@@ -43,6 +44,7 @@ OVER_STEPS = Measure(
     lambda run: points(run, "step", "routing/same_set"),
     label="same set of experts",
     form=percent,
+    include=(0.99, 1.0),
 )
 
 
@@ -84,9 +86,10 @@ def within_group(group: Group, number: int) -> list[Figure]:
 
 def side_by_side(groups: Sequence[Group]) -> list[Figure]:
     """The mismatch of every group, where there are many and runs are short."""
+    caption = "k3 in every rollout batch. Full: the trainer routes by itself. Dashed: it is given the engine's routes."
     figures = [(number, group, mismatch(group)) for number, group in enumerate(groups)]
     return [
-        replace(figure, name=f"{figure.name}-{number}", title=group.name)
+        replace(figure, name=f"{figure.name}-{number}", title=group.name, caption=caption)
         for number, group, figure in figures
         if figure is not None
     ]
@@ -125,7 +128,7 @@ def dose_response(groups: Sequence[Group]) -> list[Figure]:
     An engine without noise is at scale 0 of both.
     """
     noises = [noise_of(group) for group in groups]
-    figures: list[Figure | None] = []
+    of_kinds = []
     for on in dict.fromkeys(noise[0] for noise in noises if noise):
         of_kind = [
             (noise[1] if noise else 0.0, group)
@@ -138,8 +141,9 @@ def dose_response(groups: Sequence[Group]) -> list[Figure]:
             Variant(mode, [run for _, group in of_kind for run in group.variants[index].runs])
             for index, mode in enumerate(MODES)
         ]
-        figures += _over_scale(x, modes, on)
-    return [figure for figure in figures if figure is not None]
+        of_kinds.append(_over_scale(x, modes, on))
+    # one measure after the other, so that the kinds of noise stand beside each other
+    return [figure for same in zip(*of_kinds, strict=True) for figure in same if figure is not None]
 
 
 def _over_scale(x: Axis, modes: Sequence[Variant], on: str) -> list[Figure | None]:
