@@ -73,7 +73,7 @@ class Response:
         if shape is not None:
             end = len(self.prompt.token_ids) + self.num_tokens + tokens - 1
             routes = await part_routes(output, shape, self.first_position, end, cache_version)
-        # The engine's string is three times the size of what was read from it.
+        # The engine's string is more than five times as large as what was read from it.
         self.parts.append(Part(replace(output, routed_experts=None), routes))
 
     def finish_reason(self, max_tokens: int, stop_token_ids: tuple[int, ...]) -> FinishReason | None:
