@@ -26,7 +26,7 @@ setup(
         "typer",
         "rich",
         "aiohttp",
-        "orjson",
+        "msgspec",
         "pybase64",
         "reasoning-gym",
         "math-verify",

@@ -13,14 +13,14 @@ from megatron_vespo.config import EngineConfig
 from megatron_vespo.parity.case import COMMON, MODELS, write_model
 from megatron_vespo.rollout.client import EngineClient
 from megatron_vespo.rollout.server import EngineServer
-from megatron_vespo.routing.shape import RouteShape
+from megatron_vespo.routing.routes import RoutingShape
 
 T = TypeVar("T")
 
 MAX_SEQUENCE_TOKENS = 256
 VOCAB_SIZE = 300
 """Not a multiple of 64, so the engine pads it."""
-ROUTE_SHAPE = RouteShape(moe_layers=(True, True), topk=2, num_experts=8)
+ROUTE_SHAPE = RoutingShape(moe_layers=(True, True), topk=2, num_experts=8)
 """Of `write_tiny_qwen3_moe`."""
 
 

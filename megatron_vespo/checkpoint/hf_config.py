@@ -93,7 +93,7 @@ class Architecture:
 
     @property
     def routing_shape(self) -> RoutingShape:
-        return RoutingShape(sum(self.moe_layers), self.experts_per_token, self.num_experts)
+        return RoutingShape(self.moe_layers, self.experts_per_token, self.num_experts)
 
 
 def read_architecture(folder: str | Path) -> Architecture:

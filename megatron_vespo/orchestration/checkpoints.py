@@ -20,6 +20,8 @@ PROGRESS_FILE = "progress.json"
 COMPLETE_FILE = "complete.json"
 """Written last; names every other file with its size."""
 FORMAT = 1
+ROW_FILES = ("metrics.jsonl", "weights.jsonl", "routing.jsonl")
+"""In a run's folder, to which rows are added; the last only where routes are recorded."""
 
 
 @dataclass
@@ -180,7 +182,7 @@ def progress_of(session: Session) -> dict[str, Any]:
             "syncs": session.weights.syncs,
             "mismatches": session.weights.mismatches,
         },
-        "metrics": {name: (folder / name).stat().st_size for name in ("metrics.jsonl", "weights.jsonl")},
+        "metrics": {name: (folder / name).stat().st_size for name in ROW_FILES if (folder / name).exists()},
         "elapsed_seconds": session.elapsed_seconds,
     }
 

@@ -6,6 +6,7 @@ from typing import TypeVar
 from megatron_vespo.objective.gradient_variance import gradient_variance
 from megatron_vespo.orchestration.mini_batches import training_sequences
 from megatron_vespo.orchestration.session import Session
+from megatron_vespo.orchestration.step_routes import step_routes
 from megatron_vespo.policy.result import StepResult
 from megatron_vespo.rollout.trajectory import Trajectory
 
@@ -23,7 +24,11 @@ async def measure_parts(session: Session, trajectories: list[Trajectory], step: 
     if every == 0 or step % every or groups < 2:
         return []
     return [
-        await session.policy.gradient_norm(training_sequences(part, algorithm.old_policy), algorithm.objective)
+        await session.policy.gradient_norm(
+            training_sequences(part, algorithm.old_policy),
+            algorithm.objective,
+            step_routes(part, session.config.routing),
+        )
         for part in in_parts(trajectories, group_size)
     ]
 

@@ -82,11 +82,18 @@ class Parts:
             held_out=prepared.held_out,
             metrics=metrics,
             console=console,
+            routing_shape=prepared.architecture.routing_shape if config.routing.engine_records else None,
         )
 
     async def _fit_engine(self, config: TrainConfig, gpus: int, timed: "_Timed") -> None:
         settings = engine_settings(
-            config.model.path, config.model.dtype, config.data, config.rollout, config.seed, self._runtime.logs
+            config.model.path,
+            config.model.dtype,
+            config.data,
+            config.rollout,
+            config.seed,
+            self._runtime.logs,
+            return_routed_experts=config.routing.engine_records,
         )
         # The server's own seed is for sampling without seeds, which nothing can repeat anyway.
         needed = {name: value for name, value in settings.items() if name != "seed"}

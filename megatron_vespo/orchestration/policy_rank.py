@@ -12,6 +12,7 @@ from megatron_vespo.orchestration.cluster import LOOPBACK
 from megatron_vespo.policy.batch import MicroBatch
 from megatron_vespo.policy.result import StepResult, TokenScores
 from megatron_vespo.rendezvous import listen, port_of
+from megatron_vespo.routing.slices import RankPlace, RouteSlice, StepRoutes
 from megatron_vespo.weights.buckets import Bucket, TensorSpec
 
 if TYPE_CHECKING:  # Megatron is imported in the actor alone
@@ -37,10 +38,10 @@ class PolicyRank:
         self._listener = listen(LOOPBACK)
         return port_of(self._listener)
 
-    def build(self, port: int, config: TrainConfig | SFTConfig, total_steps: int, temperature: float) -> int:
+    def build(self, port: int, config: TrainConfig | SFTConfig, total_steps: int, temperature: float) -> RankPlace:
         """Join the other ranks, build the model and load its weights; what was built before is let go.
 
-        Returns which share of a step is this rank's.
+        Returns which part of a step, and of its routes, is this rank's.
         """
         from megatron_vespo.checkpoint.hf_config import read_architecture
         from megatron_vespo.checkpoint.load import load_hf_weights
@@ -74,9 +75,11 @@ class PolicyRank:
             self._policy.freeze_reference(reference.offload)
         return self._policy.place
 
-    def train_step(self, micro_batches: list[MicroBatch], objective: ObjectiveConfig | None) -> StepResult:
+    def train_step(
+        self, micro_batches: list[MicroBatch], routes: StepRoutes | None, objective: ObjectiveConfig | None
+    ) -> StepResult:
         """One optimizer step; `objective` None is supervised training."""
-        return self._policy.train_step(micro_batches, *self._loss(objective))
+        return self._policy.train_step(micro_batches, *self._loss(objective), routes)
 
     def begin_save(self, folder: str) -> None:
         """Copy the training state; a thread writes it into `folder` from now on."""
@@ -94,9 +97,11 @@ class PolicyRank:
     def load_saved(self, folder: str, step: int) -> None:
         self._policy.load_saved(Path(folder), step)
 
-    def gradient_norm(self, micro_batches: list[MicroBatch], objective: ObjectiveConfig) -> tuple[float, int]:
+    def gradient_norm(
+        self, micro_batches: list[MicroBatch], routes: StepRoutes | None, objective: ObjectiveConfig
+    ) -> tuple[float, int]:
         """Of a step that is not taken, and the denominator of its loss."""
-        return self._policy.gradient_norm(micro_batches, *self._loss(objective))
+        return self._policy.gradient_norm(micro_batches, *self._loss(objective), routes)
 
     def _loss(self, objective: ObjectiveConfig | None) -> "tuple[LossFunction, bool]":
         """And whether it needs entropies."""
@@ -105,9 +110,17 @@ class PolicyRank:
         loss = loss_function(objective, self._policy.context_parallel_group)
         return loss, objective is not None and objective.entropy_coefficient > 0
 
-    def score(self, micro_batches: list[MicroBatch], with_entropy: bool, reference: bool) -> dict[int, TokenScores]:
+    def score(
+        self, micro_batches: list[MicroBatch], routes: StepRoutes | None, with_entropy: bool, reference: bool
+    ) -> dict[int, TokenScores]:
         """Scores of labels by key, of this rank's share on one of the share's ranks."""
-        return self._policy.score(micro_batches, with_entropy=with_entropy, reference=reference)
+        return self._policy.score(micro_batches, with_entropy=with_entropy, reference=reference, routes=routes)
+
+    def score_and_record(
+        self, micro_batches: list[MicroBatch], routes: StepRoutes | None
+    ) -> tuple[dict[int, TokenScores], list[RouteSlice]]:
+        """And which experts were used, of this rank's positions and layers."""
+        return self._policy.score_and_record(micro_batches, routes=routes)
 
     def _tensors(self):
         from megatron_vespo.checkpoint.gather import gather_hf_tensors

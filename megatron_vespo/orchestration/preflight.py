@@ -45,6 +45,7 @@ def prepare_training(config: TrainConfig) -> Prepared:
     """Raises ConfigError for whatever is wrong with the model's folder, the tokenizer, the tasks or the sizes."""
     architecture, checkpoint_bytes = check_model(config.model, config.policy)
     check_functions(config.algorithm)
+    check_routing(config, architecture)
     tokenizer = load_tokenizer(config.model.path)
     check_engine(config.model.path, config.model.dtype, architecture, config.data, config.rollout)
     build_scorers(numbered_sources(config.data, config.evaluation.sources))
@@ -54,6 +55,16 @@ def prepare_training(config: TrainConfig) -> Prepared:
         alone = config.data.model_copy(update={"sources": (source,)})
         PromptStream(alone, tokenizer, seed=config.seed, excluded=question_texts(held_out)).take(1)
     return Prepared(architecture, tokenizer, prompts, held_out, checkpoint_bytes)
+
+
+def check_routing(config: TrainConfig, architecture: Architecture) -> None:
+    """Raises ConfigError where routes are asked for and there are none."""
+    routing = config.routing
+    if not architecture.is_moe and (routing.replay != "off" or routing.record):
+        raise ConfigError(
+            f"routing: replay {routing.replay} and record {str(routing.record).lower()}, but {config.model.path} has no "
+            "experts: leave this section out"
+        )
 
 
 def check_engine(

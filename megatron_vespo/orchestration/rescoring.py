@@ -8,6 +8,8 @@ from megatron_vespo.objective.engine_correction import engine_log_weights
 from megatron_vespo.objective.metrics import measured_difference
 from megatron_vespo.orchestration.mini_batches import response_bounds, training_sequences
 from megatron_vespo.orchestration.session import Session
+from megatron_vespo.orchestration.step_routes import step_routes
+from megatron_vespo.policy.batch import TrainingSequence
 from megatron_vespo.policy.result import TokenScores
 from megatron_vespo.rollout.trajectory import Group, Trajectory
 
@@ -20,17 +22,31 @@ async def rescore(session: Session, groups: list[Group]) -> None:
     config = session.config
     trajectories = [trajectory for group in groups for trajectory in group.trajectories]
     sequences = training_sequences(trajectories, "behavior")
-    if config.algorithm.old_policy == "proximal":
+    if config.algorithm.old_policy == "proximal" or config.routing.replay == "R2":
         session.console.phase("scoring: proximal")
-        scores = await session.policy.score(sequences)
-        for trajectory, score in zip(trajectories, scores, strict=True):
-            trajectory.proximal_log_probs = _of_response(trajectory, score)
-        correct_engine(trajectories, config.algorithm.objective)
+        scores = await _proximal(session, trajectories, sequences)
+        if config.algorithm.old_policy == "proximal":
+            for trajectory, score in zip(trajectories, scores, strict=True):
+                trajectory.proximal_log_probs = _of_response(trajectory, score)
+            correct_engine(trajectories, config.algorithm.objective)
     if config.policy.reference is not None:
         session.console.phase("scoring: reference")
         scores = await session.policy.score(sequences, reference=True)
         for trajectory, score in zip(trajectories, scores, strict=True):
             trajectory.reference_log_probs = _of_response(trajectory, score)
+
+
+async def _proximal(
+    session: Session, trajectories: list[Trajectory], sequences: list[TrainingSequence]
+) -> list[TokenScores]:
+    """Under R3 with the engine's routes, as in the steps that follow; under R2 the trainer's own are recorded here."""
+    if session.config.routing.replay == "R2":
+        scores, routes = await session.policy.score_and_record(sequences, session.progress.step)
+        for trajectory, own in zip(trajectories, routes, strict=True):
+            trajectory.proximal_routes = own
+        return scores
+    routes = step_routes(trajectories, session.config.routing) if session.config.routing.replay == "R3" else None
+    return await session.policy.score(sequences, routes=routes)
 
 
 def correct_engine(trajectories: list[Trajectory], objective: ObjectiveConfig) -> None:

@@ -14,6 +14,7 @@ from megatron_vespo.observability.console import RunConsole
 from megatron_vespo.orchestration.checkpoints import (
     EXPORTS,
     PROGRESS_FILE,
+    ROW_FILES,
     complete_checkpoints,
     of_steps,
     remove,
@@ -37,7 +38,8 @@ FREE = (
 """Settings, or groups of them, that a run may change between its parts: they are not part of what it computes."""
 NOT_FREE = (
     *("policy.reference", "policy.router_aux_loss", "policy.router_z_loss", "policy.router_dtype"),
-    *("rollout.engine.dtype", "rollout.engine.extra_arguments"),
+    *("rollout.engine.dtype", "rollout.engine.extra_arguments", "rollout.engine.router_noise"),
+    "weight_sync.flush_cache",
 )
 
 
@@ -91,8 +93,9 @@ def continue_run_folder(config: TrainConfig, checkpoint: Path, allow_changes: bo
             raise ConfigError(f"{folder / name}: shorter than when {checkpoint} was saved ({size} bytes)")
     for key, was, is_now in changes:
         console.event(f"changed since the run was interrupted: {key}: {was} -> {is_now}")
-    for name, size in saved["metrics"].items():
-        os.truncate(folder / name, size)
+    for name in ROW_FILES:
+        if (folder / name).exists():
+            os.truncate(folder / name, saved["metrics"].get(name, 0))
     for later in (*of_steps(checkpoint.parent), *of_steps(folder / EXPORTS)):
         if step_of(later) > saved["step"]:
             remove(later)

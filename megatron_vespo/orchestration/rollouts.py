@@ -2,7 +2,9 @@
 
 from megatron_vespo.orchestration.mini_batches import assign_advantages, settle_truncated, shape_rewards
 from megatron_vespo.orchestration.rescoring import rescore
+from megatron_vespo.orchestration.routing_probe import probe_batch
 from megatron_vespo.orchestration.session import Session
+from megatron_vespo.orchestration.step_routes import recording_figures
 from megatron_vespo.rollout.generate import generate_groups
 from megatron_vespo.rollout.trajectory import Group
 
@@ -21,10 +23,13 @@ async def collect_rollouts(session: Session, batch: int, weight_version: int) ->
         run_seed=config.seed,
         batch_index=batch,
         weight_version=weight_version,
+        cache_version=session.weights.cache_version,
+        routes=session.routing_shape,
     )
     groups, seconds, grading_seconds = await sampler.collect(stream, prompts)
     settle_truncated(groups, config.rollout)
-    figures = sampler.describe(groups)
+    figures = sampler.describe(groups) | recording_figures([t for group in groups for t in group.trajectories])
+    figures |= await probe_batch(session, groups)
     await rescore(session, groups)
     shape_rewards(groups, config.algorithm, config.rollout.max_response_tokens)
     assign_advantages(groups, config.algorithm.advantage)

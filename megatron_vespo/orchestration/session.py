@@ -12,6 +12,7 @@ from megatron_vespo.orchestration.policy_group import PolicyGroup
 from megatron_vespo.orchestration.sampler import Sampler
 from megatron_vespo.orchestration.weight_updater import WeightUpdater
 from megatron_vespo.rollout.trajectory import Prompt, Trajectory
+from megatron_vespo.routing.routes import RoutingShape
 
 
 @dataclass
@@ -62,6 +63,10 @@ class Session:
     tally: Tally = field(default_factory=Tally)
     progress: Progress = field(default_factory=Progress)
     started: float = field(default_factory=time.monotonic)
+    routing_shape: RoutingShape | None = None
+    """Of the engine's routes; None: they are not recorded."""
+    engine_probed: bool = False
+    """Its routes were compared with the trainer's once."""
     elapsed_before: float = 0.0
     """Seconds of the parts of this run before it was resumed."""
 

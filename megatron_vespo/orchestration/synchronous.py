@@ -18,7 +18,9 @@ from megatron_vespo.orchestration.gradient_noise import gradient_noise, measure_
 from megatron_vespo.orchestration.mini_batches import mini_batches, packing_figures, training_sequences
 from megatron_vespo.orchestration.rescoring import engine_mismatch
 from megatron_vespo.orchestration.rollouts import collect_rollouts
+from megatron_vespo.orchestration.routing_probe import probe_engine_routes
 from megatron_vespo.orchestration.session import Session
+from megatron_vespo.orchestration.step_routes import by_layer, routing_figures, step_routes
 from megatron_vespo.orchestration.training_run import Resume, run_training_loop
 from megatron_vespo.policy.result import StepResult
 from megatron_vespo.rollout.trajectory import Trajectory
@@ -63,7 +65,9 @@ async def train_step(session: Session, trajectories: list[Trajectory]) -> None:
     parts = await measure_parts(session, trajectories, progress.step + 1)
     started = time.monotonic()
     report = await session.policy.train_step(
-        training_sequences(trajectories, algorithm.old_policy), algorithm.objective
+        training_sequences(trajectories, algorithm.old_policy),
+        algorithm.objective,
+        step_routes(trajectories, session.config.routing),
     )
     seconds = time.monotonic() - started
     progress.step += 1
@@ -107,6 +111,7 @@ def record_step(
             **weights,
             **differences,
             **token_diagnostics(report.sums),
+            **routing_figures(trajectories, report, session.config.routing),
             **noise,
             **packing_figures(report.packing),
             "tokens/trained": trained,
@@ -114,6 +119,8 @@ def record_step(
             "speed/trained_tokens_per_second": trained / seconds,
         },
     )
+    if report.routing is not None:
+        session.metrics.write_routing(step, by_layer(report.routing))
     # What is masked out of the loss has no weight that means anything.
     counted = sequences["tokens"] > 0
     session.metrics.write_weights(
@@ -134,6 +141,8 @@ async def sync_weights(session: Session) -> None:
         return
     session.console.phase("syncing weights")
     report = await session.weights.sync(weight_version=step)
+    if not session.engine_probed:
+        await probe_engine_routes(session)
     session.record(
         "sync",
         step,

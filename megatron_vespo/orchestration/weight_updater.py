@@ -45,6 +45,8 @@ class WeightUpdater:
         self._buckets: list[Bucket] = []
         self.weight_version: int | None = None
         """That the engine holds, as far as this object brought it there."""
+        self.cache_version: int | None = None
+        """Oldest weights that may have computed what the engine's prefix cache holds; None: none but the current."""
         self._verified_once = False
         """Of this engine; a resumed run counts on where it was, but meets a new one."""
         self.syncs = 0
@@ -82,7 +84,7 @@ class WeightUpdater:
         await self._supervisor.wait("part trainer and engine", leaving, self._config.timeout_seconds)
 
     async def sync(self, weight_version: int) -> SyncReport:
-        """Send all weights as `weight_version`, empty the engine's caches, and verify when it is due.
+        """Send all weights as `weight_version`, empty the engine's prefix cache (`flush_cache`), and verify when it is due.
 
         Raises:
             RunFailed: a tensor on the engine is not the trainer's; the message names the first of them.
@@ -91,7 +93,10 @@ class WeightUpdater:
         started = clock()
         await self._supervisor.wait("send weights", self._send(weight_version), timeout)
         sent = clock()
-        await self._supervisor.wait("flush the engine's caches", self._client.flush_cache(), timeout)
+        if self._config.flush_cache:
+            await self._supervisor.wait("flush the engine's caches", self._client.flush_cache(), timeout)
+        elif self.cache_version is None:
+            self.cache_version = weight_version
         flushed = clock()
         due = self.syncs % self._config.verify_every == 0
         self.syncs += 1

@@ -149,7 +149,7 @@ def _sequence(random: np.random.Generator, key: int, vocabulary: int) -> Trainin
 
 
 def _random_routes(random: np.random.Generator, positions: int, shape: RoutingShape) -> Routes:
-    order = random.random((positions, shape.moe_layers, shape.num_experts)).argsort(-1)
+    order = random.random((positions, shape.num_moe_layers, shape.num_experts)).argsort(-1)
     return Routes(
         order[..., : shape.topk].astype(shape.dtype),
         random.random(positions) > 1 / 8,

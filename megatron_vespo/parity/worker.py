@@ -24,10 +24,10 @@ from megatron_vespo.policy.batch import MicroBatch
 from megatron_vespo.policy.layout_fit import packing_rules
 from megatron_vespo.policy.losses import loss_function
 from megatron_vespo.policy.packing import FILLER_KEY, pack_step
-from megatron_vespo.policy.policy import MegatronPolicy, StepRoutes
+from megatron_vespo.policy.policy import MegatronPolicy
 from megatron_vespo.policy.result import StepResult
 from megatron_vespo.rendezvous import listen
-from megatron_vespo.routing.slices import slice_routes
+from megatron_vespo.routing.slices import StepRoutes, slice_routes
 
 PlantedError = Literal["none", "tensor-parallel-norms", "data-parallel", "embeddings"]
 """A gradient reduction that is left out, to see whether the comparison notices."""

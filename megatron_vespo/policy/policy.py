@@ -3,7 +3,6 @@
 import contextlib
 import socket
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -34,19 +33,7 @@ from megatron_vespo.policy.schedule import (
     require_equal_counts,
 )
 from megatron_vespo.routing.replay import OwnPositions, RoutingPass, RoutingReplay
-from megatron_vespo.routing.slices import RouteSlice, real_positions
-
-
-@dataclass(frozen=True)
-class StepRoutes:
-    """Recorded routes of one rank for one pass."""
-
-    slices: list[RouteSlice]
-    """Of each micro-batch."""
-    replay: bool = True
-    """False: they are only compared with the routers' own choice."""
-    measure: bool = False
-    """Tell how they agree with it (`StepResult.routing`)."""
+from megatron_vespo.routing.slices import RouteSlice, StepRoutes, real_positions
 
 
 class MegatronPolicy:

@@ -38,6 +38,7 @@ class StepResult:
         forward_backward_seconds, optimizer_seconds: wall clock; merged: of the slowest rank.
         routing: `LayerSums.values` of every MoE layer of the model, [layers, n] float64, of this rank's positions; None
             unless recorded routes were measured.
+        route_bytes_of_ranks: of recorded routes that each rank was sent; only whoever sent them knows.
         packing: how well the step's micro-batches were filled and balanced; only whoever packed them knows.
     """
 
@@ -51,6 +52,7 @@ class StepResult:
     sequences: dict[str, torch.Tensor] = field(default_factory=dict)
     keys: tuple[int, ...] = ()
     routing: torch.Tensor | None = None
+    route_bytes_of_ranks: list[int] = field(default_factory=list)
     packing: PackingReport | None = None
 
 

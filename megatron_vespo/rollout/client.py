@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import aiohttp
+import msgspec
 import numpy as np
-import orjson
 from numpy.typing import NDArray
 
 from megatron_vespo.errors import RunError
@@ -253,7 +253,7 @@ class EngineClient:
             async with self._session.request(
                 method,
                 self.url + endpoint,
-                data=None if body is None else orjson.dumps(body),
+                data=None if body is None else msgspec.json.encode(body),
                 headers={"Content-Type": "application/json"},
                 timeout=aiohttp.ClientTimeout(total=seconds),
             ) as response:
@@ -270,11 +270,11 @@ class EngineClient:
             return None
         try:
             return await _parse(content)
-        except orjson.JSONDecodeError as error:
+        except msgspec.DecodeError as error:
             raise EngineError(self.url, endpoint, status, f"not JSON: {first_line(content)}") from error
 
     def _nonsense(self, endpoint: str, complaint: str, answer: Any) -> EngineError:
-        return EngineError(self.url, endpoint, 200, f"{complaint}: {first_line(orjson.dumps(answer))}")
+        return EngineError(self.url, endpoint, 200, f"{complaint}: {first_line(msgspec.json.encode(answer))}")
 
 
 LARGE_BODY = 4 * 2**20
@@ -283,14 +283,14 @@ LARGE_BODY = 4 * 2**20
 async def _parse(content: bytes) -> Any:
     """A large body is parsed in a thread, so that other requests go on."""
     if len(content) > LARGE_BODY:
-        return await asyncio.to_thread(orjson.loads, content)
-    return orjson.loads(content)
+        return await asyncio.to_thread(msgspec.json.decode, content)
+    return msgspec.json.decode(content)
 
 
 def first_line(content: bytes) -> str:
     """The message in an error's body, or the beginning of the body."""
-    with contextlib.suppress(orjson.JSONDecodeError):
-        answer = orjson.loads(content)
+    with contextlib.suppress(msgspec.DecodeError):
+        answer = msgspec.json.decode(content)
         if isinstance(answer, dict):
             message = answer.get("error") or answer.get("message") or answer
             message = message.get("message", message) if isinstance(message, dict) else message

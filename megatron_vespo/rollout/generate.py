@@ -14,7 +14,7 @@ from megatron_vespo.errors import RunError
 from megatron_vespo.rollout.client import EngineClient, EngineOutput
 from megatron_vespo.rollout.segments import Response, covers, was_paused
 from megatron_vespo.rollout.trajectory import Group, Prompt, Trajectory
-from megatron_vespo.routing.shape import RouteShape
+from megatron_vespo.routing.routes import RoutingShape
 
 MAX_FRUITLESS_REQUESTS = 100
 """In a row, of one response: a pause that finds it waiting each time would be bad luck, but this is something else."""
@@ -52,7 +52,7 @@ class Generation:
     stream: str
     weight_version: int | None
     cache_version: int | None = None
-    routes: RouteShape | None = None
+    routes: RoutingShape | None = None
 
 
 def generate_groups(
@@ -66,7 +66,7 @@ def generate_groups(
     batch_index: int,
     weight_version: int | None,
     cache_version: int | None = None,
-    routes: RouteShape | None = None,
+    routes: RoutingShape | None = None,
 ) -> AsyncIterator[Group]:
     """The groups of rollout batch `batch_index`, in the order of their completion; `text` is left to the caller.
 

@@ -14,8 +14,7 @@ import numpy as np
 from megatron_vespo.rollout.client import EngineOutput, WeightSpan
 from megatron_vespo.rollout.trajectory import FinishReason, Prompt, Segment, Trajectory
 from megatron_vespo.routing.codec import RoutesError, decode
-from megatron_vespo.routing.routes import Routes, joined, recorded_routes
-from megatron_vespo.routing.shape import RouteShape
+from megatron_vespo.routing.routes import Routes, RoutingShape, joined, masked_routes, recorded_routes
 
 PAUSED = ("Aborted", "Abort in waiting queue")
 """What SGLang says, without a status, of a running and of a waiting request that was aborted on purpose. Its errors have
@@ -62,7 +61,7 @@ class Response:
         """Whose routes belong to the next request, and all after it."""
         return len(self.prompt.token_ids) + self.num_tokens - 1 if self.parts else 0
 
-    async def add(self, output: EngineOutput, shape: RouteShape | None, cache_version: int | None) -> None:
+    async def add(self, output: EngineOutput, shape: RoutingShape | None, cache_version: int | None) -> None:
         """Keep what a request sampled. `shape`: of the routes that it was asked for."""
         self.requests += 1
         tokens = len(output.token_ids)
@@ -115,7 +114,7 @@ def was_paused(output: EngineOutput) -> bool:
 
 
 async def part_routes(
-    output: EngineOutput, shape: RouteShape, start: int, end: int, cache_version: int | None
+    output: EngineOutput, shape: RoutingShape, start: int, end: int, cache_version: int | None
 ) -> Routes:
     """Routes of positions [start, end), as far as they can be trusted to be those of the tokens that were sampled.
 
@@ -131,14 +130,21 @@ async def part_routes(
             and does not say under which weights;
             "older_cache": from a prefix that may have been computed under older weights.
     """
+    routes = await _readable_routes(output, shape, start, end, cache_version)
+    return replace(routes, wire_bytes=len(output.routed_experts or ""))
+
+
+async def _readable_routes(
+    output: EngineOutput, shape: RoutingShape, start: int, end: int, cache_version: int | None
+) -> Routes:
     rows = end - start
     versions = {span.version for span in output.weight_spans}
     if output.retractions:
-        return shape.masked(rows, "retracted")
+        return masked_routes(rows, shape, "retracted")
     if len(versions) > 1:
-        return shape.masked(rows, "mixed_versions")
+        return masked_routes(rows, shape, "mixed_versions")
     if not output.routed_experts:
-        return shape.masked(rows, "missing")
+        return masked_routes(rows, shape, "missing")
     expected = {"rows": rows, "moe_layers": shape.moe_layers, "topk": shape.topk, "num_experts": shape.num_experts}
     try:
         if len(output.routed_experts) > LARGE_PAYLOAD:
@@ -146,7 +152,7 @@ async def part_routes(
         else:
             experts = decode(output.routed_experts, **expected)
     except RoutesError as error:
-        return shape.masked(rows, error.kind)
+        return masked_routes(rows, shape, error.kind)
     (version,) = map(int, versions)
     routes = recorded_routes(experts, version)
     cached = min(rows, max(0, output.cached_tokens - start))

@@ -86,6 +86,10 @@ class Trajectory:
             raise ValueError(f"{self.prompt.identity}, sample {self.sample}: no {policy} log-probs")
         return found
 
+    def routes_of(self, replay: Literal["R2", "R3"]) -> Routes | None:
+        """What that replay uses: None where nothing was recorded."""
+        return self.proximal_routes if replay == "R2" else self.engine_routes
+
     @property
     def truncated(self) -> bool:
         return self.finish_reason == "length"

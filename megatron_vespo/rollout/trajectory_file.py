@@ -50,7 +50,11 @@ def write_trajectories(trajectories: list[Trajectory], folder: Path) -> None:
             "text": t.text,
             "outcome": t.outcome,
             "trained": t.trained,
-            "masked_routes": {name: getattr(t, name).masked for name in ROUTES if getattr(t, name) is not None},
+            "routes": {
+                name: {"masked": routes.masked, "wire_bytes": routes.wire_bytes}
+                for name in ROUTES
+                if (routes := getattr(t, name)) is not None
+            },
         }
         for t in trajectories
     ]
@@ -72,8 +76,8 @@ def read_trajectories(folder: Path) -> list[Trajectory]:
         )
         own: dict[str, Any] = {name: pieces[number] for name, pieces in tokens.items()}
         own |= {name: float(arrays[name][number]) for name in NUMBERS}
-        for name, masked in row.pop("masked_routes", {}).items():
-            own[name] = Routes(**next(routes[name]), masked=masked)
+        for name, told in row.pop("routes", {}).items():
+            own[name] = Routes(**next(routes[name]), **told)
         segments = [Segment(**segment) for segment in row["segments"]]
         trajectories.append(Trajectory(**row | {"prompt": prompt, "segments": segments} | own))
     return trajectories
@@ -88,7 +92,7 @@ def _route_arrays(name: str, routes: list[Routes]) -> dict[str, np.ndarray]:
     return joined | {f"{name}.lengths": lengths}
 
 
-def _routes(name: str, arrays: dict[str, np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
+def _routes(name: str, arrays: dict[str, np.ndarray]) -> Iterator[dict[str, Any]]:
     """`ROUTE_ARRAYS` of each trajectory that has them."""
     if f"{name}.lengths" in arrays:
         lengths = arrays[f"{name}.lengths"]

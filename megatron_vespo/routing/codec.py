@@ -1,4 +1,4 @@
-"""SGLang's wire form of routed experts -> compact arrays, each payload either checked or refused by kind.
+"""SGLang's wire form of routed experts -> compact arrays; what is wrong with a payload is refused by its kind.
 
 On the wire (SGLang's `meta_info.routed_experts`): base64 of contiguous little-endian int32 [rows, layers, topk]. Dense
 layers take a slot of it too; whatever stands there is dropped.

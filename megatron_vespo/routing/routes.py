@@ -23,11 +23,21 @@ def expert_dtype(num_experts: int) -> type[np.uint8] | type[np.uint16]:
 
 @dataclass(frozen=True)
 class RoutingShape:
-    """Of the whole model: its MoE layers, the experts that a token goes to in each, and those it has the choice of."""
+    """Of a whole model.
 
-    moe_layers: int
+    Attributes:
+        moe_layers: of each layer, whether it has experts (else it is dense).
+        topk: experts that a token goes to in each of them.
+        num_experts: those that it has the choice of.
+    """
+
+    moe_layers: tuple[bool, ...]
     topk: int
     num_experts: int
+
+    @property
+    def num_moe_layers(self) -> int:
+        return sum(self.moe_layers)
 
     @property
     def dtype(self) -> type[np.uint8] | type[np.uint16]:
@@ -36,7 +46,7 @@ class RoutingShape:
     @property
     def bytes_per_token(self) -> int:
         """Stored, and moved to all ranks together; a mark of one byte on each rank that holds the token comes on top."""
-        return self.moe_layers * self.topk * np.dtype(self.dtype).itemsize
+        return self.num_moe_layers * self.topk * np.dtype(self.dtype).itemsize
 
 
 @dataclass(frozen=True)
@@ -48,6 +58,7 @@ class Routes:
             nothing is recorded. Dense layers have no place in it.
         recorded: [positions] bool. The others are routed natively.
         weight_versions: [positions] int32, whose weights chose; without meaning where nothing is recorded.
+        wire_bytes: in which the engine sent them.
         masked: positions by the reason why they are not recorded although they were asked for.
     """
 
@@ -55,6 +66,7 @@ class Routes:
     recorded: NDArray[np.bool_]
     weight_versions: NDArray[np.int32]
     masked: dict[str, int] = field(default_factory=dict)
+    wire_bytes: int = 0
 
     def __post_init__(self):
         positions = self.experts.shape[0]
@@ -79,10 +91,10 @@ def recorded_routes(experts: Experts, weight_version: int) -> Routes:
     return Routes(experts, np.ones(positions, dtype=np.bool_), np.full(positions, weight_version, dtype=np.int32))
 
 
-def masked_routes(positions: int, moe_layers: int, topk: int, num_experts: int, reason: str) -> Routes:
+def masked_routes(positions: int, shape: RoutingShape, reason: str) -> Routes:
     """Nothing is recorded, for one reason."""
     return Routes(
-        np.zeros((positions, moe_layers, topk), dtype=expert_dtype(num_experts)),
+        np.zeros((positions, shape.num_moe_layers, shape.topk), dtype=shape.dtype),
         np.zeros(positions, dtype=np.bool_),
         np.zeros(positions, dtype=np.int32),
         {reason: positions} if positions else {},
@@ -98,4 +110,5 @@ def joined(parts: Sequence[Routes]) -> Routes:
         np.concatenate([part.recorded for part in parts]),
         np.concatenate([part.weight_versions for part in parts]),
         dict(sum((Counter(part.masked) for part in parts), Counter())),
+        sum(part.wire_bytes for part in parts),
     )

@@ -6,7 +6,7 @@ are runs of positions and of layers, not single rows: a rank's part of a sequenc
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -56,6 +56,18 @@ class RouteSlice:
         return self.experts.nbytes + self.recorded.nbytes
 
 
+@dataclass(frozen=True)
+class StepRoutes:
+    """Recorded routes of one rank for one pass."""
+
+    slices: list[RouteSlice]
+    """Of each micro-batch."""
+    replay: bool = True
+    """False: they are only compared with the routers' own choice."""
+    measure: bool = False
+    """Tell how they agree with it (`StepResult.routing`)."""
+
+
 class _Span(NamedTuple):
     """Consecutive real positions of a sequence that a rank holds next to each other."""
 
@@ -77,28 +89,30 @@ def slice_routes(
         ValueError: a sequence's routes are of another shape than the sequence and the model, or a micro-batch does not
             divide among the ranks.
     """
-    return [_slice_one(micro_batch, routes, place, shape) for micro_batch in micro_batches]
+    for micro_batch in micro_batches:
+        for key, length in zip(micro_batch.keys, micro_batch.lengths, strict=True):
+            if key in routes:
+                expected = (length, shape.num_moe_layers, shape.topk)
+                _check_experts(f"the routes of sequence {key}", routes[key].experts, expected, shape)
+    bounds = [0, *accumulate(_own_positions(micro_batch, place) for micro_batch in micro_batches)]
+    # One array for all micro-batches: the system hands out memory of that size in huge pages, several times faster.
+    experts = np.zeros((bounds[-1], len(place.moe_layers), shape.topk), dtype=shape.dtype)
+    recorded = np.zeros(bounds[-1], dtype=np.bool_)
+    slices = [RouteSlice(experts[start:end], recorded[start:end]) for start, end in pairwise(bounds)]
+    for micro_batch, part in zip(micro_batches, slices, strict=True):
+        _copy(micro_batch, routes, place, part)
+    return slices
 
 
-def _slice_one(
-    micro_batch: MicroBatch, routes: Mapping[int, Routes], place: RankPlace, shape: RoutingShape
-) -> RouteSlice:
-    for key, length in zip(micro_batch.keys, micro_batch.lengths, strict=True):
-        if key in routes:
-            expected = (length, shape.moe_layers, shape.topk)
-            _check_experts(f"the routes of sequence {key}", routes[key].experts, expected, shape)
-    count = _own_positions(micro_batch, place)
-    experts = np.zeros((count, len(place.moe_layers), shape.topk), dtype=shape.dtype)
-    recorded = np.zeros(count, dtype=np.bool_)
+def _copy(micro_batch: MicroBatch, routes: Mapping[int, Routes], place: RankPlace, part: RouteSlice) -> None:
     layers = runs(place.moe_layers)
     for key, in_sequence, here in _spans(micro_batch, place):
         if key not in routes:
             continue
-        recorded[here] = routes[key].recorded[in_sequence]
+        part.recorded[here] = routes[key].recorded[in_sequence]
         for first, run in layers:
-            experts[here, first : first + run.stop - run.start] = routes[key].experts[in_sequence, run]
-    experts[~recorded] = 0
-    return RouteSlice(experts, recorded)
+            part.experts[here, first : first + run.stop - run.start] = routes[key].experts[in_sequence, run]
+    part.experts[~part.recorded] = 0
 
 
 def real_positions(micro_batch: MicroBatch, place: RankPlace) -> NDArray[np.bool_]:
@@ -131,8 +145,8 @@ def assemble_routes(
             micro-batches; or a slice is of another shape than its micro-batch and place.
     """
     lengths = _lengths(shares)
-    experts = {key: np.zeros((n, shape.moe_layers, shape.topk), dtype=shape.dtype) for key, n in lengths.items()}
-    times = {key: np.zeros((n, shape.moe_layers), dtype=np.uint8) for key, n in lengths.items()}
+    experts = {key: np.zeros((n, shape.num_moe_layers, shape.topk), dtype=shape.dtype) for key, n in lengths.items()}
+    times = {key: np.zeros((n, shape.num_moe_layers), dtype=np.uint8) for key, n in lengths.items()}
     for place, parts in slices:
         layers = runs(place.moe_layers)
         for micro_batch, part in zip(shares[place.share], parts, strict=True):
@@ -172,14 +186,15 @@ def _check_experts(what: str, experts: Experts, expected: tuple[int, int, int], 
 
 def _check_once(key: int, times: NDArray[np.uint8]) -> None:
     """Of one sequence: [positions, layers] how many ranks recorded it."""
+    if (times == 1).all():
+        return
     wrong = np.argwhere(times != 1)
-    if len(wrong):
-        position, layer = wrong[0]
-        found = "no rank" if times[position, layer] == 0 else f"{times[position, layer]} ranks"
-        raise ValueError(
-            f"sequence {key}, position {position}, MoE layer {layer} was recorded by {found}, and so it is with "
-            f"{len(wrong)} of {times.size} places of the sequence that not exactly one rank recorded"
-        )
+    position, layer = wrong[0]
+    found = "no rank" if times[position, layer] == 0 else f"{times[position, layer]} ranks"
+    raise ValueError(
+        f"sequence {key}, position {position}, MoE layer {layer} was recorded by {found}; of the sequence's "
+        f"{times.size} routes, {len(wrong)} were not recorded by exactly one"
+    )
 
 
 def _own_positions(micro_batch: MicroBatch, place: RankPlace) -> int:

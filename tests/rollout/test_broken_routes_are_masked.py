@@ -12,9 +12,9 @@ from test_nonsense_from_engines_is_refused import GENERATION, GOOD
 from megatron_vespo.rollout.client import WeightSpan
 from megatron_vespo.rollout.generate import MAX_FRUITLESS_REQUESTS, ResponseError, generate_group
 from megatron_vespo.rollout.segments import LARGE_PAYLOAD
-from megatron_vespo.routing.shape import RouteShape
+from megatron_vespo.routing.routes import RoutingShape
 
-SHAPE = RouteShape(moe_layers=(False, True, True), topk=2, num_experts=8)
+SHAPE = RoutingShape(moe_layers=(False, True, True), topk=2, num_experts=8)
 RESPONSE = 4
 (PROMPT,) = random_prompts(1, low=1, high=9)
 POSITIONS = len(PROMPT.token_ids) + RESPONSE - 1

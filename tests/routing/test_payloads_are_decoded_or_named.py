@@ -44,12 +44,35 @@ def test_experts_are_those_sent(moe_layers, topk, num_experts, rows):
     np.testing.assert_array_equal(found, ids[:, [number for number, moe in enumerate(moe_layers) if moe]])
 
 
+def many_blocks():
+    """[rows, 3, 2] of which three blocks are decoded, the last of them short."""
+    rows = 2 * (BLOCK_BYTES // (3 * 2 * 4)) + 7
+    return np.tile(random_ids(97, 3, 2, 300), (rows // 97 + 1, 1, 1))[:rows]
+
+
 @pytest.mark.parametrize("kind", [str, bytes])
 def test_payloads_of_many_blocks(kind):
-    rows = 3 * BLOCK_BYTES // (3 * 2 * 4) + 7
-    ids = np.tile(random_ids(97, 3, 2, 300), (rows // 97 + 1, 1, 1))[:rows]
+    ids = many_blocks()
     payload = wire(ids) if kind is str else wire(ids).encode()
-    np.testing.assert_array_equal(decode(payload, rows=rows, moe_layers=ALL_MOE, topk=2, num_experts=300), ids)
+    np.testing.assert_array_equal(decode(payload, rows=len(ids), moe_layers=ALL_MOE, topk=2, num_experts=300), ids)
+
+
+@pytest.mark.parametrize("share", [0, 0.3, 0.7, 1])
+def test_faults_in_every_block_of_many(share):
+    ids = many_blocks()
+    row = int(share * (len(ids) - 1))
+    asked = {"rows": len(ids), "moe_layers": ALL_MOE, "topk": 2, "num_experts": 300}
+    ids[row, 1] = 7
+    assert str(fault(wire(ids), **asked)) == f"duplicates: row {row}, layer 1: experts [7, 7]"
+    ids[row, 1] = 300, 7
+    assert str(fault(wire(ids), **asked)) == f"range: row {row}, layer 1: expert 300 of 300"
+
+
+def test_base64_that_ends_with_a_block():
+    ids = many_blocks()
+    end = BLOCK_BYTES // (3 * 3 * 2 * 4) * 3 * 32
+    payload = wire(ids)[: end - 4] + "AA==" + wire(ids)[end:]
+    assert fault(payload, rows=len(ids), moe_layers=ALL_MOE, topk=2, num_experts=300).kind == "truncated"
 
 
 def test_what_stands_in_dense_layers_does_not_matter():
@@ -59,7 +82,7 @@ def test_what_stands_in_dense_layers_does_not_matter():
     np.testing.assert_array_equal(found, ids[:, [1, 2, 4]])
 
 
-def test_one_row_of_expert_zero_is_no_fault_with_one_expert_per_token():
+def test_expert_zero_in_few_rows_or_alone_is_no_fault_with_one_expert_per_token():
     ids = np.zeros((7, 3, 1))
     np.testing.assert_array_equal(decode(wire(ids), rows=7, moe_layers=ALL_MOE, topk=1, num_experts=4), ids)
     many = np.zeros((50, 3, 1))

@@ -22,7 +22,7 @@ from megatron_vespo.routing.slices import (
 )
 
 LAYERS = 8
-SHAPE = RoutingShape(moe_layers=LAYERS, topk=2, num_experts=16)
+SHAPE = RoutingShape(moe_layers=(True,) * LAYERS, topk=2, num_experts=16)
 
 
 class Layout(NamedTuple):
@@ -164,7 +164,7 @@ def test_each_position_and_layer_reaches_one_rank_and_comes_back(lengths, layout
 
 def test_an_eighth_reaches_each_rank():
     layout, lengths = Layout(pp=2, cp=2, sp=2), [64, 32, 128]
-    shape = RoutingShape(moe_layers=48, topk=8, num_experts=128)
+    shape = RoutingShape(moe_layers=(True,) * 48, topk=8, num_experts=128)
     assert shape.bytes_per_token == 384
     routes = {
         key: recorded_routes(np.ones((positions, 48, 8), dtype=np.uint8), 0) for key, positions in enumerate(lengths)
@@ -179,7 +179,7 @@ def test_an_eighth_reaches_each_rank():
 
 def test_no_routes_at_all():
     micro_batches = step_of(LENGTHS, Layout())[0]
-    masked = {key: masked_routes(positions, LAYERS, 2, 16, "lost") for key, positions in enumerate(LENGTHS)}
+    masked = {key: masked_routes(positions, SHAPE, "lost") for key, positions in enumerate(LENGTHS)}
     for routes in ({}, masked):
         for part in slice_routes(micro_batches, routes, RankPlace(0, (2, 3)), SHAPE):
             assert part.experts.shape[1:] == (2, 2)
@@ -193,7 +193,7 @@ def test_a_rank_without_moe_layers():
 
 
 def test_many_experts_take_two_bytes():
-    shape = RoutingShape(moe_layers=1, topk=2, num_experts=300)
+    shape = RoutingShape(moe_layers=(True,), topk=2, num_experts=300)
     routes = {0: recorded_routes(np.array([[[299, 256]]], dtype=np.uint16), 0)}
     (part,) = slice_routes([pack([sequence_of(1, 0)])], routes, RankPlace(0, (0,)), shape)
     assert part.experts.dtype == np.uint16 and part.experts.tolist() == [[[299, 256]]]

@@ -1,0 +1,148 @@
+"""Are the engine's routes what they should be? Once at the start of a run, and a few trajectories of each batch."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from megatron_vespo.config import TrainConfig
+from megatron_vespo.errors import RunError
+from megatron_vespo.objective.diagnostics import difference_diagnostics
+from megatron_vespo.objective.metrics import measured_difference
+from megatron_vespo.orchestration.mini_batches import training_sequences
+from megatron_vespo.orchestration.policy_group import RecordedRoutes
+from megatron_vespo.orchestration.session import Session
+from megatron_vespo.policy.result import TokenScores
+from megatron_vespo.rollout.generate import Generation, generate_group
+from megatron_vespo.rollout.trajectory import Group, Trajectory
+from megatron_vespo.rollout.trajectory_file import write_trajectories
+from megatron_vespo.routing.routes import Routes
+
+PROBE_TOKENS = 16
+LEAST_AGREEMENT_FP32 = 0.99
+"""Of (position, layer): both compute in float32, and only near ties may fall out otherwise."""
+LEAST_AGREEMENT_OTHER = 0.8
+"""In other precisions; wrong layers or shifted rows agree far less."""
+FOLDER = "routing"
+
+
+class ProbeFailed(RunError):
+    """The engine's routes cannot be replayed."""
+
+
+async def probe_engine_routes(session: Session) -> None:
+    """Ask for the routes of one response and compare them with the trainer's, which holds the same weights.
+
+    Does nothing where no routes are recorded.
+
+    Raises:
+        ProbeFailed: none came, they are broken, or they are not the trainer's.
+    """
+    config, shape = session.config, session.routing_shape
+    session.engine_probed = True
+    if shape is None:
+        return
+    version = session.weights.weight_version
+    assert version is not None
+    generation = Generation(
+        samples=1,
+        sampling=config.rollout.sampling,
+        max_response_tokens=min(PROBE_TOKENS, config.rollout.max_response_tokens),
+        deterministic=config.rollout.deterministic,
+        concurrent_groups=1,
+        stop_token_ids=tuple(session.sampler.tokenizer.stop_token_ids),
+        vocab_size=session.sampler.vocab_size,
+        run_seed=config.seed,
+        stream="routing probe",
+        weight_version=version,
+        routes=shape,
+    )
+    waiting = generate_group(session.sampler.client, session.held_out[0], generation)
+    seconds = config.rollout.engine.request_timeout_seconds
+    group = await session.sampler.supervisor.wait("probe the engine's routes", waiting, seconds)
+    routes = group.trajectories[0].engine_routes
+    assert routes is not None
+    if routes.masked:
+        raise ProbeFailed(
+            f"routing probe: the engine's routes of one response cannot be used: {', '.join(routes.masked)}. Its log is "
+            "in the run's folder; `routing.replay: off` with `routing.record: false` runs without them"
+        )
+    _, (own,) = await session.policy.score_and_record(training_sequences(group.trajectories, "behavior"), version)
+    found = agreeing_share([routes], [own])
+    least = least_agreement(config)
+    session.console.event(
+        f"routing probe: engine and trainer choose the same experts at {found:.2%} of {routes.experts[..., 0].size} "
+        f"(position, layer){'' if least else '; not judged: the engine routes with noise (router_noise)'}"
+    )
+    if found < least:
+        raise ProbeFailed(
+            f"routing probe: engine and trainer choose the same experts at {found:.1%} of (position, layer), expected at "
+            f"least {least:.0%}: layers or positions are not what they seem, or the two don't compute the same model"
+        )
+
+
+def least_agreement(config: TrainConfig) -> float:
+    """Below which the probe fails; 0 where the engine is wrong on purpose."""
+    if config.rollout.engine.router_noise is not None:
+        return 0.0
+    both = {config.model.dtype, config.rollout.engine.dtype or config.model.dtype}
+    return LEAST_AGREEMENT_FP32 if both == {"float32"} else LEAST_AGREEMENT_OTHER
+
+
+def agreeing_share(ones: Sequence[Routes], others: Sequence[Routes]) -> float:
+    """Share of (position, layer), recorded in both, with the same experts."""
+    same = count = 0
+    for one, other in zip(ones, others, strict=True):
+        rows = one.recorded & other.recorded
+        equal = (np.sort(one.experts[rows], -1) == np.sort(other.experts[rows], -1)).all(-1)
+        same, count = same + int(equal.sum()), count + equal.size
+    return same / count if count else float("nan")
+
+
+async def probe_batch(session: Session, groups: list[Group]) -> dict[str, float]:
+    """Score some trajectories of a batch, before its first step, natively and with the engine's routes.
+
+    What was scored natively is kept in the run's folder `routing`, for tools/inspect_routing.py.
+
+    Returns:
+        For the metrics of the batch: mismatch with and without replay, and how engine and trainer agree; nothing where no
+        routes are recorded.
+    """
+    shape = session.routing_shape
+    if shape is None:
+        return {}
+    count = session.config.routing.probe_trajectories
+    by_sample = sorted((t for group in groups for t in group.trajectories), key=lambda t: t.sample)
+    probed = by_sample[:count]  # the first of each group, then the second
+    routes = {key: t.engine_routes for key, t in enumerate(probed) if t.engine_routes is not None}
+    session.console.phase("scoring: routing probe")
+    sequences = training_sequences(probed, "behavior")
+    version = session.progress.step
+    native, own = await session.policy.score_and_record(sequences, version)
+    replayed = await session.policy.score(sequences, routes=RecordedRoutes(routes))
+    folder = session.folder / FOLDER
+    folder.mkdir(exist_ok=True)
+    kept = [
+        replace(t, proximal_routes=recorded, proximal_log_probs=_of_response(t, scores))
+        for t, recorded, scores in zip(probed, own, native, strict=True)
+    ]
+    write_trajectories(kept, folder)
+    return {
+        **_difference(probed, native, "routing_probe/native"),
+        **_difference(probed, replayed, "routing_probe/replayed"),
+        "routing_probe/same_set": agreeing_share([routes[key] for key in routes], [own[key] for key in routes]),
+    }
+
+
+def _difference(trajectories: list[Trajectory], scores: list[TokenScores], prefix: str) -> dict[str, float]:
+    trainer = np.concatenate([_of_response(t, one) for t, one in zip(trajectories, scores, strict=True)])
+    engine = np.concatenate([t.behavior_log_probs for t in trajectories])
+    mask = torch.ones(len(trainer), dtype=torch.bool)
+    sums = measured_difference(torch.from_numpy(trainer), torch.from_numpy(engine), mask)
+    return difference_diagnostics({name: float(value) for name, value in sums.items()}, prefix)
+
+
+def _of_response(trajectory: Trajectory, scores: TokenScores) -> np.ndarray:
+    """[positions] -> [response tokens]: the last prompt token predicts the first of the response."""
+    return scores.log_probs[len(trajectory.prompt.token_ids) - 1 :].numpy()
