@@ -109,6 +109,7 @@ class Plot:
     _shapes: list[str] = field(default_factory=list)
     _legend: list[tuple[str, str, str, float]] = field(default_factory=list)
     _hover: list[dict] = field(default_factory=list)
+    _cells: dict = field(default_factory=dict)
 
     def _point(self, x: float, y: float) -> str:
         clipped = min(1.0, max(0.0, self.y.place(y)))
@@ -206,6 +207,36 @@ class Plot:
             self._legend.append((name, colour, "bar", 1.0))
             self._remember(name, colour, middles, [self.form(value or 0.0) for value in values])
 
+    def cells(
+        self,
+        spans: Sequence[tuple[float, float]],
+        values: Sequence[Values],
+        classes: Sequence[tuple[str, str]],
+        class_of: Callable[[float], int],
+        row_name: str,
+    ) -> None:
+        """A heat map: a column for each of `spans` [left, right], a row for each element of its `values`.
+
+        Row r lies around r on the y axis. A cell is coloured by its class (name, colour); where nothing was measured
+        it stays empty.
+        """
+        paths = [""] * len(classes)
+        for row in range(max((len(column) for column in values), default=0)):
+            for left, right, found in _strips(spans, [_class_at(column, row, class_of) for column in values]):
+                a, b = self._point(left, row + 0.5), self._point(right, row - 0.5)
+                (x0, top), (x1, bottom) = a.split(), b.split()
+                paths[found] += f"M{x0} {top}H{x1}V{bottom}H{x0}z"
+        for path, (name, colour) in zip(paths, classes, strict=True):
+            if path:
+                self._shapes.append(f'<path class="cells" d="{path}" style="fill:var(--{colour})"/>')
+            self._legend.append((name, colour, "bar", 1.0))
+        self._cells = {
+            "row": row_name,
+            "spans": [[round(SIZE * self.x.place(edge), 1) for edge in span] for span in spans],
+            "names": [_span_name(self.x_name, *span) for span in spans],
+            "values": [[self.form(v) if v is not None else "not measured" for v in column] for column in values],
+        }
+
     def level(self, y: float, colour: str = "axis") -> None:
         """A dashed line across at one height."""
         if 0 <= self.y.place(y) <= 1:
@@ -228,6 +259,7 @@ class Plot:
             f'aria-label="{escape(self.title, quote=True)}">{grid}{"".join(self._shapes)}</svg>'
         )
         hover = escape(json.dumps(self._hover, separators=(",", ":")), quote=True) if self._hover else "[]"
+        cells = f' data-cells="{escape(json.dumps(self._cells, separators=(",", ":")), quote=True)}"' if self._cells else ""
         y_spans = "".join(f'<span style="bottom:{100 * at:.2f}%">{escape(label)}</span>' for at, label in y_ticks)
         below = ""
         if self.x_labels:
@@ -235,7 +267,7 @@ class Plot:
             below = f'<div class="x-ticks">{x_spans}</div><div class="x-label">{escape(self.x.label)}</div>'
         return (
             f'<div class="chart">{self._head()}<div class="frame" style="height:{self.height}px">'
-            f'<div class="y-ticks">{y_spans}</div><div class="area" data-hover="{hover}">{svg}</div></div>{below}</div>'
+            f'<div class="y-ticks">{y_spans}</div><div class="area" data-hover="{hover}"{cells}>{svg}</div></div>{below}</div>'
         )
 
     def _head(self) -> str:
@@ -244,3 +276,30 @@ class Plot:
             for name, colour, kind, opacity in self._legend
         )
         return f'<div class="head"><span>{escape(self.y.label)}</span><ul>{items}</ul></div>'
+
+
+def _class_at(column: Values, row: int, class_of: Callable[[float], int]) -> int | None:
+    value = column[row] if row < len(column) else None
+    return None if value is None else class_of(value)
+
+
+def _strips(
+    spans: Sequence[tuple[float, float]], classes: Sequence[int | None]
+) -> Iterable[tuple[float, float, int]]:
+    """(left, right, class) of a row: neighbours of one class as one, which keeps the page small."""
+    strip: tuple[float, float, int] | None = None
+    for (left, right), found in zip(spans, classes, strict=True):
+        if strip is not None and found == strip[2] and left == strip[1]:
+            strip = (strip[0], right, strip[2])
+            continue
+        if strip is not None:
+            yield strip
+        strip = None if found is None else (left, right, found)
+    if strip is not None:
+        yield strip
+
+
+def _span_name(x_name: str, left: float, right: float) -> str:
+    """Of the whole numbers inside: a span from 0.5 to 4.5 is "step 1 to 4"."""
+    first, last = math.ceil(left), math.floor(right)
+    return f"{x_name} {first:,}" + (f" to {last:,}" if last > first else "")
