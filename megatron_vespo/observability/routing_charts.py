@@ -2,16 +2,16 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from html import escape
 
-from megatron_vespo.observability.charts import Axis, Plot, linear_axis, log_axis, nice_ticks, percent, short
+from megatron_vespo.observability.charts import Axis, Plot, Ramp, log_axis, nice_ticks, percent, short
 from megatron_vespo.observability.findings import masked_positions
 from megatron_vespo.observability.report_charts import Figure, Maker, step_axis
 from megatron_vespo.observability.run_folder import Rows, RunFolder, column, mean
 
 MOST_COLUMNS = 100
 """Of a heat map: some pixels for each also on a phone."""
+MOST_DOTS = 60
 REASONS = {
     "missing": "the engine sent none",
     "truncated": "fewer rows than asked for, or not base64",
@@ -26,35 +26,8 @@ REASONS = {
 NO_NUMBER = "-"
 
 
-@dataclass(frozen=True)
-class Classes:
-    """Six classes of a value, from the first colour to the last.
-
-    Attributes:
-        bounds: what parts them, from good to bad.
-        rising: whether larger is worse.
-    """
-
-    bounds: tuple[float, ...]
-    rising: bool
-    form: Callable[[float], str]
-
-    def of(self, value: float) -> int:
-        """A value on a bound has the class that the bound names."""
-        return sum(value >= bound if self.rising else value < bound for bound in self.bounds)
-
-    def legend(self) -> list[tuple[str, str]]:
-        """(name, colour)"""
-        first, last = self.form(self.bounds[0]), self.form(self.bounds[-1])
-        if self.rising:
-            names = [f"below {first}", *(f"from {self.form(bound)}" for bound in self.bounds)]
-        else:
-            names = [*(f"from {self.form(bound)}" for bound in self.bounds), f"below {last}"]
-        return [(name, f"age{index}") for index, name in enumerate(names)]
-
-
-AGREEMENT = Classes((0.999, 0.99, 0.95, 0.9, 0.8), rising=False, form=percent)
-LOAD = Classes((1.1, 1.25, 1.5, 2.0, 4.0), rising=True, form=short)
+AGREEMENT = Ramp((1.0, 0.99, 0.95, 0.9, 0.8, 0.6), ("100%", "99%", "95%", "90%", "80%", "≤ 60%"))
+LOAD = Ramp((1.0, 1.25, 1.5, 2.0, 3.0, 5.0), ("1", "1.25", "1.5", "2", "3", "≥ 5"))
 
 
 def agreement_map(run: RunFolder) -> Figure | None:
@@ -104,7 +77,7 @@ def load_map(run: RunFolder) -> Figure | None:
     return Figure("expert-load", "Load of the busiest expert", caption, body)
 
 
-def heat_map(run: RunFolder, name: str, classes: Classes, label: str, title: str) -> tuple[str, int] | None:
+def heat_map(run: RunFolder, name: str, ramp: Ramp, label: str, title: str) -> tuple[str, int] | None:
     """MoE layer x optimizer step of routing.jsonl: (HTML, steps in a column); None where nothing was measured."""
     rows = {int(row["step"]): row[name] for row in run.routing if "step" in row and isinstance(row.get(name), list)}
     layers = max((len(values) for values in rows.values()), default=0)
@@ -116,8 +89,8 @@ def heat_map(run: RunFolder, name: str, classes: Classes, label: str, title: str
     x = Axis(first - 0.5, last + 0.5, ticks=_whole_ticks(first, last, 6), label="optimizer steps")
     y = Axis(-0.5, layers - 0.5, ticks=_whole_ticks(0, layers - 1, 6), label=f"{label}, by MoE layer")
     height = round(max(90, min(36 * layers, 300), 4 * layers))
-    plot = Plot(x, y, title, height, form=percent if classes is AGREEMENT else short)
-    plot.cells(spans, values, classes.legend(), classes.of, "layer")
+    plot = Plot(x, y, title, height, form=percent if ramp is AGREEMENT else short)
+    plot.cells(spans, values, ramp, "layer")
     return plot.html(), every
 
 
@@ -156,10 +129,11 @@ def replay_effect(run: RunFolder) -> Figure | None:
     steps = column(rows, "step")
     native, replayed = (column(rows, f"routing_probe/{name}/k3") for name in ("native", "replayed"))
     plot = Plot(step_axis(run), log_axis([*native, *replayed], "k3 a token"), "k3 with and without replay over steps")
-    # The wider line is below: where both are equal, both are seen.
-    plot.dots("", steps, native, "orange", size=10)
+    few = len(rows) <= MOST_DOTS
+    if few:  # the larger dots are below: where both are equal, both are seen
+        plot.dots("", steps, native, "orange", size=10)
     plot.line("native routing", steps, native, "orange")
-    plot.line("engine's routes", steps, replayed, "blue", dashed=True, dots=True)
+    plot.line("engine's routes", steps, replayed, "blue", dashed=few, dots=few)
     zeros = sum(value is not None and not value > 0 for value in [*native, *replayed])
     caption = (
         "Mismatch of engine and trainer on a few trajectories of each rollout batch, at equal weights: with the experts that "
@@ -174,7 +148,9 @@ def _probe_table(rows: Rows) -> str:
     names = {"mean_abs": "mean |diff|", "k1": "k1", "k3": "k3", "share_above_ln2": "above ln 2"}
     body = ""
     for kind, label in (("native", "native routing"), ("replayed", "engine's routes")):
-        cells = [_number(mean(column(rows, f"routing_probe/{kind}/{name}")), lambda value: f"{value:.2g}") for name in names]
+        cells = [
+            _number(mean(column(rows, f"routing_probe/{kind}/{name}")), lambda value: f"{value:.2g}") for name in names
+        ]
         body += f"<tr><th>{label}</th>{_cells(cells)}</tr>"
     head = "".join(f"<th>{title}</th>" for title in names.values())
     return f'<table class="numbers"><tr><th>run mean</th>{head}</tr>{body}</table>'
