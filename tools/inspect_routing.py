@@ -128,7 +128,7 @@ def texts_of(folder: Path, trajectory: Trajectory) -> list[str] | None:
     if tokenizer is None:
         return None
     ids = [*trajectory.prompt.token_ids.tolist(), *trajectory.response_ids.tolist()]
-    return [tokenizer.backend.decode([token]) for token in ids]
+    return [str(tokenizer.backend.decode([token])) for token in ids]
 
 
 def run_tokenizer(folder: Path) -> ChatTokenizer | None:
@@ -339,9 +339,12 @@ def masked_text(found: dict[str, Any] | None) -> str:
 
 
 def share_text(layers: list[dict[str, Any]] | None, name: str) -> str:
-    """Over (position, layer) that both have."""
+    """Over (position, layer) that both have; 100.0% is all of them, not nearly all."""
     count = sum(layer["positions"] for layer in layers or ())
-    return f"{sum(layer[name] for layer in layers or ()) / count:.1%}" if count else "-"
+    same = sum(layer[name] for layer in layers or ())
+    if not count:
+        return "-"
+    return "100.0%" if same == count else f"{min(0.999, same / count):.1%}"
 
 
 if __name__ == "__main__":

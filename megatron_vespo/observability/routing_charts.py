@@ -56,7 +56,7 @@ def _agreement_table(run: RunFolder) -> str:
         if not rows:
             continue
         values = {name: mean(column(rows, f"routing/{name}")) for name in names}
-        cells = [_number(value, short if name == "margin" else percent) for name, value in values.items()]
+        cells = [_number(value, short if name == "margin" else share) for name, value in values.items()]
         body += f"<tr><th>{label}</th>{_cells(cells)}</tr>"
     head = "".join(f"<th>{title}</th>" for title in names.values())
     return f'<table class="numbers"><tr><th>run mean</th>{head}</tr>{body}</table>'
@@ -89,7 +89,7 @@ def heat_map(run: RunFolder, name: str, ramp: Ramp, label: str, title: str) -> t
     x = Axis(first - 0.5, last + 0.5, ticks=_whole_ticks(first, last, 6), label="optimizer steps")
     y = Axis(-0.5, layers - 0.5, ticks=_whole_ticks(0, layers - 1, 6), label=f"{label}, by MoE layer")
     height = round(max(90, min(36 * layers, 300), 4 * layers))
-    plot = Plot(x, y, title, height, form=percent if ramp is AGREEMENT else short)
+    plot = Plot(x, y, title, height, form=share if ramp is AGREEMENT else short)
     plot.cells(spans, values, ramp, "layer")
     return plot.html(), every
 
@@ -191,6 +191,11 @@ def records(run: RunFolder) -> Figure | None:
         "run."
     )
     return Figure("recorded-routes", "What was recorded", caption, f'<table class="numbers routes">{body}</table>')
+
+
+def share(value: float) -> str:
+    """With a digit more than `percent`; 100% is all of them, not nearly all."""
+    return "100%" if value >= 1 else f"{min(99.99, 100 * value):.4g}%"
 
 
 def _of_steps(every: int) -> str:

@@ -22,6 +22,7 @@ from megatron_vespo.observability.routing_charts import (
     load_map,
     records,
     replay_effect,
+    share,
     steps_in_a_column,
 )
 from megatron_vespo.observability.run_folder import RunFolder, read_run
@@ -109,6 +110,13 @@ def test_the_maps_hold_what_was_measured(run_with_routes):
     # Equal weights: 0.995; later: the mean of 0.975, 0.955 and 0.935.
     assert "<th>equal weights</th><td>99.5%</td>" in agreement.body
     assert "<th>later steps</th><td>95.5%</td>" in agreement.body
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(1.0, "100%"), (0.99999, "99.99%"), (0.97813, "97.81%"), (0.5, "50%"), (0.0, "0%")]
+)
+def test_nearly_all_is_not_all(value, text):
+    assert share(value) == text
 
 
 def test_a_run_without_routes_has_no_word_of_them(finished_run):

@@ -1,9 +1,9 @@
 """tools/inspect_routing.py on trajectories whose experts are written by hand below, with what must be seen in them."""
 
+import importlib.util
 import json
 import re
-import subprocess
-import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +11,7 @@ import pytest
 import yaml
 from safetensors.numpy import load_file, save_file
 
+from megatron_vespo.cli import exit_code
 from megatron_vespo.rollout.trajectory import Prompt, Segment, Trajectory
 from megatron_vespo.rollout.trajectory_file import write_trajectories
 from megatron_vespo.routing.routes import Routes
@@ -49,18 +50,47 @@ def run_dir(tmp_path) -> Path:
     return folder
 
 
-def inspect(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(TOOL), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT, check=False)
+@dataclass
+class Ran:
+    returncode: int
+    stdout: str
+    stderr: str
 
 
-def printed(*arguments: object) -> dict:
-    ran = inspect(*arguments, "--json")
-    assert ran.returncode == 0, ran.stderr
-    return json.loads(ran.stdout)
+@pytest.fixture(scope="module")
+def tool():
+    """The module tools/inspect_routing.py."""
+    spec = importlib.util.spec_from_file_location("inspect_routing", TOOL)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
-def test_the_list_has_rows_versions_reasons_and_agreement(run_dir):
+@pytest.fixture
+def inspect(tool, capsys):
+    """Runs the command with these arguments, as its last line does."""
+
+    def run(*arguments: object) -> Ran:
+        status = exit_code(lambda: tool.app([str(argument) for argument in arguments]))
+        return Ran(status, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def printed(inspect):
+    """What the command prints with --json."""
+
+    def run(*arguments: object) -> dict:
+        ran = inspect(*arguments, "--json")
+        assert ran.returncode == 0, ran.stderr
+        return json.loads(ran.stdout)
+
+    return run
+
+
+def test_the_list_has_rows_versions_reasons_and_agreement(inspect, printed, run_dir):
     first, second = printed(run_dir)["trajectories"]
     assert (first["number"], first["sample"], first["prompt"]) == (0, 0, "What is [bold]1 + 1[/bold]?")
     assert (first["prompt_tokens"], first["response_tokens"]) == (2, 3)
@@ -80,7 +110,7 @@ def test_the_list_has_rows_versions_reasons_and_agreement(run_dir):
         assert expected in line
 
 
-def test_a_trajectory_shows_each_choice_and_how_they_compare(run_dir):
+def test_a_trajectory_shows_each_choice_and_how_they_compare(printed, run_dir):
     found = printed(run_dir, "--trajectory", 0)["positions"]
     assert [(row["position"], row["token_id"], row["of"], row["weight_version"]) for row in found] == [
         (0, 10, "prompt", 4),
@@ -98,7 +128,7 @@ def test_a_trajectory_shows_each_choice_and_how_they_compare(run_dir):
     ]
 
 
-def test_tokens_are_text_where_the_runs_tokenizer_is_there_and_ids_where_it_is_not(run_dir):
+def test_tokens_are_text_where_the_runs_tokenizer_is_there_and_ids_where_it_is_not(inspect, printed, run_dir):
     vocabulary = json.loads((TINY_BASE / "tokenizer.json").read_text())["model"]["vocab"]
     bytes_of_gpt2 = {"Ġ": " ", "Ċ": "\n"}
     spelled = {number: word for word, number in vocabulary.items()}
@@ -110,7 +140,7 @@ def test_tokens_are_text_where_the_runs_tokenizer_is_there_and_ids_where_it_is_n
     assert re.search(r"│ +0 │ 10 +│ prompt", ran.stdout)
 
 
-def test_only_disagreements_of_chosen_layers_are_shown(run_dir):
+def test_only_disagreements_of_chosen_layers_are_shown(inspect, printed, run_dir):
     def places(*arguments: object) -> list[tuple[int, int]]:
         rows = printed(run_dir, "--trajectory", 0, *arguments)["positions"]
         return [(row["position"], one["layer"]) for row in rows for one in row["layers"]]
@@ -124,7 +154,7 @@ def test_only_disagreements_of_chosen_layers_are_shown(run_dir):
     assert "layer 0: 66.7% the same experts" in table
 
 
-def test_a_checkpoint_is_read_with_the_tokenizer_of_its_run(run_dir):
+def test_a_checkpoint_is_read_with_the_tokenizer_of_its_run(printed, run_dir):
     checkpoint = run_dir / "checkpoints" / "step_00000008"
     checkpoint.parent.mkdir()
     (run_dir / "routing").rename(checkpoint)
@@ -141,13 +171,12 @@ def test_a_checkpoint_is_read_with_the_tokenizer_of_its_run(run_dir):
         (["--layers", "0"], r"choose a trajectory with --trajectory N"),
     ],
 )
-def test_what_is_not_there_is_the_users_mistake(run_dir, arguments, message):
+def test_what_is_not_there_is_the_users_mistake(inspect, run_dir, arguments, message):
     ran = inspect(run_dir, *arguments)
     assert ran.returncode == 2 and re.search(message, ran.stderr), ran.stderr
-    assert "Traceback" not in ran.stderr
 
 
-def test_folders_without_routes_are_named(run_dir, tmp_path):
+def test_folders_without_routes_are_named(inspect, run_dir, tmp_path):
     empty = tmp_path / "empty"
     empty.mkdir()
     cases = [(tmp_path / "nothing", "no such folder"), (empty, "no recorded trajectories")]
@@ -161,10 +190,10 @@ def test_folders_without_routes_are_named(run_dir, tmp_path):
     cases.append((run_dir, "cannot be read"))
     for folder, message in cases:
         ran = inspect(folder)
-        assert ran.returncode == 2 and message in ran.stderr and "Traceback" not in ran.stderr, (folder, ran.stderr)
+        assert ran.returncode == 2 and message in ran.stderr, (folder, ran.stderr)
 
 
-def test_routes_of_other_tokens_are_refused(run_dir):
+def test_routes_of_other_tokens_are_refused(inspect, run_dir):
     path = run_dir / "routing" / "trajectories.safetensors"
     arrays = load_file(path)
     arrays["lengths"] = np.array([2, 4], dtype=np.int64)
