@@ -71,7 +71,9 @@ def _routing(run: RunFolder) -> list[str]:
         )
     native, replayed = (mean(column(rollouts, f"routing_probe/{name}/k3")) for name in ("native", "replayed"))
     agreed = mean(column(rollouts, "routing_probe/same_set"))
-    if native is not None and replayed is not None and native > LEAST_K3 and replayed >= native and agreed != 1:
+    # Where all experts agree, or none is recorded, there is nothing that replay could lower.
+    repairable = agreed is not None and agreed < 1
+    if repairable and native is not None and replayed is not None and replayed >= native > LEAST_K3:
         found.append(
             f"With the engine's routes k3 between engine and trainer was {replayed:.1e}, without them {native:.1e}: "
             "replay did not lower the mismatch."

@@ -175,8 +175,9 @@ def test_findings_name_what_is_wrong_with_routes():
     ]
     useless = {**good, "routing_probe/replayed/k3": 2e-3, "routing_probe/same_set": 0.97}
     assert "replay did not lower the mismatch" in findings(with_rows(useless, equal))[0]
-    # Where all experts agree there is nothing to repair; nor in float32's rounding.
+    # Where all experts agree, or no route is recorded, there is nothing to repair; nor in float32's rounding.
     assert findings(with_rows({**useless, "routing_probe/same_set": 1.0}, equal)) == []
+    assert findings(with_rows({**good, "routing_probe/replayed/k3": 2e-3}, equal)) == []
     tiny = {"routing_probe/native/k3": 1e-13, "routing_probe/replayed/k3": 2e-13, "routing_probe/same_set": 0.999}
     assert findings(with_rows({**good, **tiny}, equal)) == []
 
