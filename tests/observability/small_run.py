@@ -107,6 +107,7 @@ def routes_of_rollout(batch: int) -> dict:
         "routing/missing_share": 0.01,
         "routing/bytes_per_token_wire": 21.4,
         "routing/bytes_per_token_stored": 4.0,
+        "routing/bytes_per_token_gathered": 4.0,
         **{f"routing/masked/{reason}": number for number, reason in enumerate(reasons)},
         **{f"routing_probe/native/{name}": value for name, value in difference.items()},
         **{f"routing_probe/replayed/{name}": value / 10 for name, value in difference.items()},
