@@ -10,8 +10,11 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from html import escape
+from itertools import pairwise
 
 SIZE = 1000
+TONES = 4
+"""From one colour of a ramp to the next."""
 Values = Sequence[float | None]
 
 
@@ -95,6 +98,41 @@ def log_axis(values: Iterable[float | None], label: str = "") -> Axis:
     return Axis(10.0**low, 10.0**high, log=True, ticks=ticks, label=label)
 
 
+@dataclass(frozen=True)
+class Ramp:
+    """Colours for values: the six colours `age0` to `age5`, one at each anchor, and tones between them.
+
+    Attributes:
+        anchors: six values, rising or falling. What lies beyond an end has the end's colour.
+        labels: of the anchors.
+    """
+
+    anchors: tuple[float, ...]
+    labels: tuple[str, ...]
+
+    def tone(self, value: float) -> int:
+        """0 at the first anchor, TONES more at each further one."""
+        ends = list(pairwise(self.anchors))
+        parts = [min(1.0, max(0.0, (value - first) / (second - first))) for first, second in ends]
+        return round(TONES * sum(parts))
+
+    def html(self) -> str:
+        last = len(self.anchors) - 1
+        colours = ",".join(f"var(--age{index})" for index in range(last + 1))
+        spans = "".join(
+            f'<span style="left:{100 * index / last:.0f}%">{escape(label)}</span>'
+            for index, label in enumerate(self.labels)
+        )
+        return f'<div class="ramp"><i style="background:linear-gradient(in oklab to right,{colours})"></i>{spans}</div>'
+
+
+def _tone_colour(tone: int) -> str:
+    index, further = divmod(tone, TONES)
+    if not further:
+        return f"var(--age{index})"
+    return f"color-mix(in oklab,var(--age{index + 1}) {100 * further // TONES}%,var(--age{index}))"
+
+
 @dataclass
 class Plot:
     """One drawing area. Call the drawing methods in painter's order, then `html`."""
@@ -109,6 +147,8 @@ class Plot:
     _shapes: list[str] = field(default_factory=list)
     _legend: list[tuple[str, str, str, float]] = field(default_factory=list)
     _hover: list[dict] = field(default_factory=list)
+    _ramp: str = ""
+    _cells: dict = field(default_factory=dict)
 
     def _point(self, x: float, y: float) -> str:
         clipped = min(1.0, max(0.0, self.y.place(y)))
@@ -206,6 +246,33 @@ class Plot:
             self._legend.append((name, colour, "bar", 1.0))
             self._remember(name, colour, middles, [self.form(value or 0.0) for value in values])
 
+    def cells(
+        self,
+        spans: Sequence[tuple[float, float]],
+        values: Sequence[Values],
+        ramp: Ramp,
+        row_name: str,
+    ) -> None:
+        """A heat map: a column for each of `spans` [left, right], a row for each element of its `values`.
+
+        Row r lies around r on the y axis. Where nothing was measured a cell stays empty.
+        """
+        paths: dict[int, str] = {}
+        for row in range(max((len(column) for column in values), default=0)):
+            for left, right, found in _strips(spans, [_tone_at(column, row, ramp) for column in values]):
+                a, b = self._point(left, row + 0.5), self._point(right, row - 0.5)
+                (x0, top), (x1, bottom) = a.split(), b.split()
+                paths[found] = paths.get(found, "") + f"M{x0} {top}H{x1}V{bottom}H{x0}z"
+        for tone, path in sorted(paths.items()):
+            self._shapes.append(f'<path class="cells" d="{path}" style="fill:{_tone_colour(tone)}"/>')
+        self._ramp = ramp.html()
+        self._cells = {
+            "row": row_name,
+            "spans": [[round(SIZE * self.x.place(edge), 1) for edge in span] for span in spans],
+            "names": [_span_name(self.x_name, *span) for span in spans],
+            "values": [[self.form(v) if v is not None else "not measured" for v in column] for column in values],
+        }
+
     def level(self, y: float, colour: str = "axis") -> None:
         """A dashed line across at one height."""
         if 0 <= self.y.place(y) <= 1:
@@ -228,6 +295,9 @@ class Plot:
             f'aria-label="{escape(self.title, quote=True)}">{grid}{"".join(self._shapes)}</svg>'
         )
         hover = escape(json.dumps(self._hover, separators=(",", ":")), quote=True) if self._hover else "[]"
+        cells = (
+            f' data-cells="{escape(json.dumps(self._cells, separators=(",", ":")), quote=True)}"' if self._cells else ""
+        )
         y_spans = "".join(f'<span style="bottom:{100 * at:.2f}%">{escape(label)}</span>' for at, label in y_ticks)
         below = ""
         if self.x_labels:
@@ -235,7 +305,7 @@ class Plot:
             below = f'<div class="x-ticks">{x_spans}</div><div class="x-label">{escape(self.x.label)}</div>'
         return (
             f'<div class="chart">{self._head()}<div class="frame" style="height:{self.height}px">'
-            f'<div class="y-ticks">{y_spans}</div><div class="area" data-hover="{hover}">{svg}</div></div>{below}</div>'
+            f'<div class="y-ticks">{y_spans}</div><div class="area" data-hover="{hover}"{cells}>{svg}</div></div>{below}</div>'
         )
 
     def _head(self) -> str:
@@ -243,4 +313,29 @@ class Plot:
             f'<li><i class="key {kind}" style="--key:var(--{colour});opacity:{opacity:g}"></i>{escape(name)}</li>'
             for name, colour, kind, opacity in self._legend
         )
-        return f'<div class="head"><span>{escape(self.y.label)}</span><ul>{items}</ul></div>'
+        return f'<div class="head"><span>{escape(self.y.label)}</span><ul>{items}</ul>{self._ramp}</div>'
+
+
+def _tone_at(column: Values, row: int, ramp: Ramp) -> int | None:
+    value = column[row] if row < len(column) else None
+    return None if value is None else ramp.tone(value)
+
+
+def _strips(spans: Sequence[tuple[float, float]], tones: Sequence[int | None]) -> Iterable[tuple[float, float, int]]:
+    """(left, right, tone) of a row: neighbours of one tone as one, which keeps the page small."""
+    strip: tuple[float, float, int] | None = None
+    for (left, right), found in zip(spans, tones, strict=True):
+        if strip is not None and found == strip[2] and left == strip[1]:
+            strip = (strip[0], right, strip[2])
+            continue
+        if strip is not None:
+            yield strip
+        strip = None if found is None else (left, right, found)
+    if strip is not None:
+        yield strip
+
+
+def _span_name(x_name: str, left: float, right: float) -> str:
+    """Of the whole numbers inside: a span from 0.5 to 4.5 is "step 1 to 4"."""
+    first, last = math.ceil(left), math.floor(right)
+    return f"{x_name} {first:,}" + (f" to {last:,}" if last > first else "")

@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from datetime import timedelta
+from math import isfinite
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
@@ -37,11 +38,16 @@ from megatron_vespo.observability.comparison_charts import (
     palette,
 )
 from megatron_vespo.observability.report_charts import Figure
-from megatron_vespo.observability.run_folder import RunFolder
+from megatron_vespo.observability.run_folder import RunFolder, column
 
 HERE = Path(__file__).parent
 COSTS = ("wall_seconds", "generated_tokens", "trained_tokens")
-MEASURED = ("accuracy_before", "accuracy_final", "accuracy_best", "log_weight_std", "ess", "response_length", *COSTS)
+ROUTING = ("probe_k3_native", "probe_k3_replayed")
+MEASURED = (
+    *("accuracy_before", "accuracy_final", "accuracy_best", "log_weight_std", "ess", "response_length"),
+    *ROUTING,
+    *COSTS,
+)
 """Numbers of a run that a variant has mean, least and largest of."""
 NOT_COMPARED = ("run_dir", "seed")
 NOT_SET = "–"
@@ -58,9 +64,11 @@ COLUMNS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     ("log_weight_std", "Std of log W", lambda value: f"{value:.2g}"),
     ("ess", "Effective sample size", _percent),
     ("response_length", "Response length", lambda value: f"{value:.1f}"),
+    ("probe_k3_native", "k3 to the engine", lambda value: f"{value:.1e}"),
+    ("probe_k3_replayed", "k3 with replay", lambda value: f"{value:.1e}"),
     ("wall_seconds", "Wall time", lambda value: str(timedelta(seconds=round(value)))),
 )
-"""(number, heading, how it is written) of what the table shows."""
+"""(number, heading, how it is written) of what the table shows; those of ROUTING only where some run has them."""
 
 
 def write_comparison(path: str | Path, title: str, variants: Sequence[Variant], note: str = "") -> Path:
@@ -89,7 +97,7 @@ def write_comparison(path: str | Path, title: str, variants: Sequence[Variant], 
         script=Markup((HERE / "report.js").read_text(encoding="utf-8")),
         subtitle=_subtitle(variants),
         palette=palette(variants),
-        columns=COLUMNS,
+        columns=[column for column in COLUMNS if column[0] not in ROUTING or any(row[column[0]]["n"] for row in rows)],
         table=_table(rows, variants, path.parent),
         unfolded=len(variants) <= FEW,
         incomplete=_incomplete(rows),
@@ -151,6 +159,7 @@ def _run_row(run: RunFolder) -> dict[str, Any]:
         "log_weight_std": _median(run, "log_weight/std"),
         "ess": _median(run, "ess"),
         "response_length": _at_end(run, "response/length_mean"),
+        **{name: _probe_k3(run, name) for name in ROUTING},
         "wall_seconds": wall_seconds(run),
         "generated_tokens": generated_tokens(run),
         "trained_tokens": trained_tokens(run),
@@ -161,6 +170,13 @@ def _median(run: RunFolder, name: str) -> float | None:
     """Over rollout batches, at the last mini-batch: single batches can be far out, and a mean would show only them."""
     values = [value for _, value in last_mini_batches(run, name)]
     return median(values) if values else None
+
+
+def _probe_k3(run: RunFolder, name: str) -> float | None:
+    """Mean over rollout batches of engine against trainer at equal weights, without or with the engine's routes."""
+    values = column(run.kind("rollout"), f"routing_probe/{name.removeprefix('probe_k3_')}/k3")
+    there = [value for value in values if value is not None and isfinite(value)]
+    return mean(there) if there else None
 
 
 def _at_end(run: RunFolder, name: str) -> float | None:

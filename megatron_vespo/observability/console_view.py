@@ -55,6 +55,7 @@ def row_text(row: dict[str, Any], state: RunState) -> str:
                 f"response {number(row.get('response/length_mean'), '.1f')} tokens "
                 f"({number(row.get('response/truncated_share'), '.0%')} cut), "
                 f"{number(row.get('speed/generated_tokens_per_second'), ',.0f')} tokens/s"
+                + (f", {agreement_text(agreed)}" if (agreed := row.get("routing_probe/same_set")) is not None else "")
             )
         case "step":
             return _step_text(row, state)
@@ -86,9 +87,16 @@ def _step_text(row: dict[str, Any], state: RunState) -> str:
     for name in ("mismatch", "drift"):
         if row.get(f"{name}/mean_abs") is not None:
             parts.append(f"{name} {row[f'{name}/mean_abs']:.1e}")
+    if row.get("routing/same_set") is not None:
+        parts.append(agreement_text(row["routing/same_set"]))
     if (left := state.seconds_left) is not None:
         parts.append(f"{clock_text(left)} left")
     return ", ".join(parts)
+
+
+def agreement_text(share: float) -> str:
+    """Of recorded routes and the trainer's own choice."""
+    return f"experts agree {share:.1%}"
 
 
 def number(value: Any, form: str) -> str:
@@ -201,6 +209,7 @@ def _measurements(state: RunState, width: int) -> RenderableType:
         _if(step.get("mismatch/mean_abs"), "{:.1e}", bold=True),
         _if(step.get("mismatch/mean_abs"), " |log-prob diff|"),
         _if(step.get("drift/mean_abs"), "  drift {:.1e}"),
+        _if(step.get("routing/same_set"), "  experts agree {:.1%}"),
     )
     line(
         "tokens/s",

@@ -1,13 +1,21 @@
 """What in a run deserves attention, said in words. Thresholds are those of docs/metrics.md."""
 
-from megatron_vespo.observability.run_folder import RunFolder, column
+from collections import Counter
+
+from megatron_vespo.observability.charts import percent
+from megatron_vespo.observability.run_folder import RunFolder, column, mean
 
 OUTCOMES = ("exception", "timeout", "crash", "not_finite")
+MOST_MISSING_ROUTES = 0.05
+LEAST_AGREEMENT_FP32, LEAST_AGREEMENT_OTHER = 0.99, 0.8
+"""Share of positions with the same experts at equal weights: in float32 on both sides, in other precisions."""
+LEAST_K3 = 1e-9
+"""Below it a mismatch is float32's rounding, which no replay repairs."""
 
 
 def findings(run: RunFolder) -> list[str]:
     """One sentence for each thing that is not as it should be; empty for a healthy run."""
-    return [*_numerics(run), *_staleness(run), *_rewards(run), *_responses(run)]
+    return [*_numerics(run), *_staleness(run), *_routing(run), *_rewards(run), *_responses(run)]
 
 
 def _numerics(run: RunFolder) -> list[str]:
@@ -44,6 +52,51 @@ def _staleness(run: RunFolder) -> list[str]:
             "stale, or the learning rate too high."
         )
     return found
+
+
+def _routing(run: RunFolder) -> list[str]:
+    rollouts = run.kind("rollout")
+    found = []
+    missing = mean(column(rollouts, "routing/missing_share"))
+    if missing is not None and missing > MOST_MISSING_ROUTES:
+        reasons = masked_positions(run).most_common(1)
+        mostly = f", most of them masked as '{reasons[0][0]}'" if reasons else ""
+        found.append(f"{percent(missing)} of positions had no recorded route{mostly}: they were routed natively.")
+    at_equal = [row.get("routing/same_set") for row in run.kind("step") if row.get("mini_batch") == 0]
+    there = [value for value in at_equal if isinstance(value, (int, float))]
+    if there and min(there) < (least := _least_agreement(run)):
+        found.append(
+            f"At equal weights only {percent(min(there))} of recorded positions had the experts that the trainer chooses "
+            f"(expected: {percent(least)}): engine and trainer don't compute the same router."
+        )
+    native, replayed = (mean(column(rollouts, f"routing_probe/{name}/k3")) for name in ("native", "replayed"))
+    agreed = mean(column(rollouts, "routing_probe/same_set"))
+    # Where all experts agree, or none is recorded, there is nothing that replay could lower.
+    repairable = agreed is not None and agreed < 1
+    if repairable and native is not None and replayed is not None and replayed >= native > LEAST_K3:
+        found.append(
+            f"With the engine's routes k3 between engine and trainer was {replayed:.1e}, without them {native:.1e}: "
+            "replay did not lower the mismatch."
+        )
+    return found
+
+
+def masked_positions(run: RunFolder) -> Counter[str]:
+    """Positions without a route by the reason, over all rollout batches."""
+    prefix = "routing/masked/"
+    counts: Counter[str] = Counter()
+    for row in run.kind("rollout"):
+        counts.update({key.removeprefix(prefix): int(row[key] or 0) for key in row if key.startswith(prefix)})
+    return counts
+
+
+def _least_agreement(run: RunFolder) -> float:
+    """0 where the engine is wrong on purpose."""
+    if run.setting("rollout.engine.router_noise") is not None:
+        return 0.0
+    trainer = run.setting("model.dtype")
+    both = {trainer, run.setting("rollout.engine.dtype") or trainer}
+    return LEAST_AGREEMENT_FP32 if both == {"float32"} else LEAST_AGREEMENT_OTHER
 
 
 def _rewards(run: RunFolder) -> list[str]:

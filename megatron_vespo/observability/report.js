@@ -7,6 +7,30 @@ document.getElementById("theme").addEventListener("click", () => {
 // Colours of what the reader switched off (a page with a legend to click fills it).
 const switchedOff = new Set();
 
+function placeTip(tip, x, width) {
+  tip.style.left = `${Math.max(0, Math.min(width - tip.offsetWidth, x + (x > width / 2 ? -tip.offsetWidth - 10 : 10)))}px`;
+}
+
+// Heat maps: the cell under the pointer.
+function addCells(area) {
+  const { row, spans, names, values } = JSON.parse(area.dataset.cells);
+  const tip = area.appendChild(Object.assign(document.createElement("div"), { className: "tip", hidden: true }));
+
+  area.addEventListener("pointermove", (event) => {
+    const box = area.getBoundingClientRect();
+    const at = ((event.clientX - box.left) / box.width) * 1000;
+    const column = spans.findIndex(([left, right]) => left <= at && at <= right);
+    tip.hidden = column < 0;
+    if (tip.hidden) return;
+    const rows = Math.max(...values.map((found) => found.length));
+    const index = Math.max(0, Math.min(rows - 1, Math.floor((1 - (event.clientY - box.top) / box.height) * rows)));
+    const head = Object.assign(document.createElement("b"), { textContent: `${names[column]}, ${row} ${index}` });
+    tip.replaceChildren(head, values[column][index] ?? "not measured");
+    placeTip(tip, event.clientX - box.left, box.width);
+  });
+  area.addEventListener("pointerleave", () => { tip.hidden = true; });
+}
+
 function addHover(area) {
   const series = JSON.parse(area.dataset.hover);
   if (!series.length) return;
@@ -33,9 +57,10 @@ function addHover(area) {
     cursor.hidden = tip.hidden = false;
     const x = (nearest[0] / 1000) * box.width;
     cursor.style.left = `${x}px`;
-    tip.style.left = `${Math.max(0, Math.min(box.width - tip.offsetWidth, x + (x > box.width / 2 ? -tip.offsetWidth - 10 : 10)))}px`;
+    placeTip(tip, x, box.width);
   });
   area.addEventListener("pointerleave", () => { cursor.hidden = tip.hidden = true; });
 }
 
 document.querySelectorAll("[data-hover]").forEach(addHover);
+document.querySelectorAll("[data-cells]").forEach(addCells);

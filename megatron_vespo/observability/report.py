@@ -13,10 +13,12 @@ from megatron_vespo.observability.charts import percent, short
 from megatron_vespo.observability.findings import findings
 from megatron_vespo.observability.kernel_chart import kernel
 from megatron_vespo.observability.report_charts import CORRECTION, COST, LEARNING, Figure, Maker
+from megatron_vespo.observability.routing_charts import ROUTING
 from megatron_vespo.observability.run_folder import FILES, RunFolder, column, mean, read_run
 from megatron_vespo.observability.time_charts import time_per_batch, time_total
 
 HERE = Path(__file__).parent
+ROUTES_FOLDER = "routing"
 
 
 def write_report(run_dir: str | Path) -> Path:
@@ -60,6 +62,7 @@ def _sections(run: RunFolder) -> list[dict[str, Any]]:
     sections = [
         {"id": "learning", "title": "Learning", "figures": make(LEARNING)},
         {"id": "correction", "title": "Off-policy correction", "figures": make((kernel, *CORRECTION))},
+        {"id": "routing", "title": "Routing", "figures": make(ROUTING)},
         {"id": "cost", "title": "Time and optimizer", "figures": make((time_per_batch, time_total, *COST))},
     ]
     return [section for section in sections if section["figures"]]
@@ -172,7 +175,13 @@ def _files(run: RunFolder) -> list[tuple[str, str]]:
     """(name, what it is) of what lies beside the report."""
     known = [(name, what) for name, what in FILES.items() if (run.path / name).exists()]
     checkpoints = sorted(path.parent.name for path in run.path.glob("*/config.json"))
+    if _has_recorded_trajectories(run):
+        known.append((f"{ROUTES_FOLDER}/", "trajectories of the last rollout batch with the experts of each token"))
     return known + [(f"{name}/", "the trained model, in Hugging Face format") for name in checkpoints]
+
+
+def _has_recorded_trajectories(run: RunFolder) -> bool:
+    return (run.path / ROUTES_FOLDER / "trajectories.json").exists()
 
 
 def _commands(run: RunFolder) -> list[tuple[str, str]]:
@@ -180,6 +189,8 @@ def _commands(run: RunFolder) -> list[tuple[str, str]]:
     commands = [("Write this page again", f"megatron-vespo report {quote(str(run.path))}")]
     if list(run.path.glob("tensorboard/*")):
         commands.append(("Every curve, interactively", f"tensorboard --logdir {quote(str(run.path / 'tensorboard'))}"))
+    if _has_recorded_trajectories(run):
+        commands.append(("Which experts tokens went to", f"python tools/inspect_routing.py {quote(str(run.path))}"))
     for name in sorted(path.parent.name for path in run.path.glob("*/config.json")):
         commands.append(
             (

@@ -16,10 +16,13 @@ FILES = {
     "config.yaml": "the resolved configuration",
     "metrics.jsonl": "every measurement",
     "weights.jsonl": "log W, phi and advantage of every trajectory at every step",
+    "routing.jsonl": "agreement and load of every MoE layer at every step",
     "samples_before.json": "sample responses before training",
     "samples_after.json": "sample responses after training",
     "summary.json": "the run's results",
 }
+WITH_ROUTES = ("routing.jsonl",)
+"""Of FILES: only runs that record routes have them."""
 
 
 @dataclass
@@ -33,6 +36,8 @@ class RunFolder:
     rows: dict[str, Rows] = field(default_factory=dict)
     """Rows of metrics.jsonl by kind, in the order written. A null that stands for a number not finite is that number."""
     weights: Rows = field(default_factory=list)
+    routing: Rows = field(default_factory=list)
+    """Of each step, vectors over the MoE layers; an element that is not a number is None."""
     samples_before: Rows = field(default_factory=list)
     samples_after: Rows = field(default_factory=list)
     config_text: str = ""
@@ -53,6 +58,11 @@ class RunFolder:
             node = node[name]
         return node
 
+    @property
+    def records_routes(self) -> bool:
+        """Whether config.yaml asks for routes. A bare `off` of YAML is read as false."""
+        return self.setting("routing.replay", "off") not in ("off", False) or bool(self.setting("routing.record"))
+
 
 def read_run(run_dir: str | Path) -> RunFolder:
     """Read a run folder.
@@ -68,7 +78,8 @@ def read_run(run_dir: str | Path) -> RunFolder:
         raise ConfigError(f"{folder}: holds neither config.yaml nor metrics.jsonl, so it is not the folder of a run")
     metrics, broken_metrics = _read_lines(folder / "metrics.jsonl")
     run.weights, broken_weights = _read_lines(folder / "weights.jsonl")
-    run.broken_lines = broken_metrics + broken_weights
+    run.routing, broken_routing = _read_lines(folder / "routing.jsonl")
+    run.broken_lines = broken_metrics + broken_weights + broken_routing
     for row in metrics:
         row.update((name, float(text)) for name, text in row.pop("not_finite", {}).items())
         run.rows.setdefault(row.get("kind", ""), []).append(row)
@@ -81,6 +92,8 @@ def read_run(run_dir: str | Path) -> RunFolder:
             run.config = yaml.safe_load(run.config_text) or {}
         except yaml.YAMLError as error:
             raise ConfigError(f"{folder / 'config.yaml'}: not readable as YAML: {error}") from None
+    if not run.records_routes:
+        run.missing = [name for name in run.missing if name not in WITH_ROUTES]
     return run
 
 

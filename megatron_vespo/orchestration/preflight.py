@@ -58,13 +58,15 @@ def prepare_training(config: TrainConfig) -> Prepared:
 
 
 def check_routing(config: TrainConfig, architecture: Architecture) -> None:
-    """Raises ConfigError where routes are asked for and there are none."""
+    """Raises ConfigError where routes or routers are asked for and there are none."""
     routing = config.routing
     if not architecture.is_moe and (routing.replay != "off" or routing.record):
         raise ConfigError(
             f"routing: replay {routing.replay} and record {str(routing.record).lower()}, but {config.model.path} has no "
             "experts: leave this section out"
         )
+    if not architecture.is_moe and config.rollout.engine.router_noise is not None:
+        raise ConfigError(f"rollout.engine.router_noise: {config.model.path} has no router: leave it out")
 
 
 def check_engine(

@@ -28,9 +28,9 @@ async def collect_rollouts(session: Session, batch: int, weight_version: int) ->
     )
     groups, seconds, grading_seconds = await sampler.collect(stream, prompts)
     settle_truncated(groups, config.rollout)
-    figures = sampler.describe(groups) | recording_figures([t for group in groups for t in group.trajectories])
-    figures |= await probe_batch(session, groups)
+    figures = sampler.describe(groups) | await probe_batch(session, groups)
     await rescore(session, groups)
+    figures |= recording_figures([t for group in groups for t in group.trajectories])
     shape_rewards(groups, config.algorithm, config.rollout.max_response_tokens)
     assign_advantages(groups, config.algorithm.advantage)
 

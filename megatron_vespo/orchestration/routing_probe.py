@@ -91,7 +91,7 @@ def least_agreement(config: TrainConfig) -> float:
 
 
 def agreeing_share(ones: Sequence[Routes], others: Sequence[Routes]) -> float:
-    """Share of (position, layer), recorded in both, with the same experts."""
+    """Share of (position, layer), recorded in both, with the same experts; nan if there are none."""
     same = count = 0
     for one, other in zip(ones, others, strict=True):
         rows = one.recorded & other.recorded
@@ -128,10 +128,11 @@ async def probe_batch(session: Session, groups: list[Group]) -> dict[str, float]
         for t, recorded, scores in zip(probed, own, native, strict=True)
     ]
     write_trajectories(kept, folder)
+    same = agreeing_share(list(routes.values()), [own[key] for key in routes])
     return {
         **_difference(probed, native, "routing_probe/native"),
         **_difference(probed, replayed, "routing_probe/replayed"),
-        "routing_probe/same_set": agreeing_share([routes[key] for key in routes], [own[key] for key in routes]),
+        **({"routing_probe/same_set": same} if np.isfinite(same) else {}),
     }
 
 

@@ -55,13 +55,17 @@ def by_layer(sums: Tensor) -> dict[str, NDArray[np.float64]]:
 
 
 def recording_figures(trajectories: Sequence[Trajectory]) -> dict[str, float]:
-    """For the metrics of a rollout batch: what came of the engine's routes; nothing where it was not asked for them."""
+    """For the metrics of a rollout batch: what came of routes, of the engine and of the trainer's own recording."""
+    own = [t.proximal_routes for t in trajectories if t.proximal_routes is not None]
     routes = [t.engine_routes for t in trajectories if t.engine_routes is not None]
+    figures = {}
+    if own:
+        figures["routing/bytes_per_token_gathered"] = sum(one.num_bytes for one in own) / sum(map(len, own))
     if not routes:
-        return {}
-    positions = sum(len(one) for one in routes)
+        return figures
+    positions = sum(map(len, routes))
     masked = sum((Counter(one.masked) for one in routes), Counter())
-    return {
+    return figures | {
         "routing/missing_share": _share(routes, positions),
         "routing/bytes_per_token_wire": sum(one.wire_bytes for one in routes) / positions,
         "routing/bytes_per_token_stored": sum(one.num_bytes for one in routes) / positions,

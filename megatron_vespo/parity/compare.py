@@ -142,11 +142,17 @@ def _worst_metric(steps: list[tuple[int, tuple[StepResult, StepResult]]]) -> Wor
         for name, value in theirs.sums.items():
             difference = abs(mine.sums[name] - value) / max(abs(value), smallest)
             found.append(Worst(difference if math.isfinite(difference) else math.inf, f"step {number}: {name}"))
+        if mine.routing is not None and theirs.routing is not None:
+            found.append(Worst(_furthest(mine.routing, theirs.routing), f"step {number}: agreement of routes"))
         for name, values in theirs.sequences.items():
-            largest = values.abs().max().item()
-            furthest = (mine.sequences[name] - values).abs().max().item()
-            found.append(Worst(_relative(largest + furthest, largest), f"step {number}: {name}"))
+            found.append(Worst(_furthest(mine.sequences[name], values), f"step {number}: {name}"))
     return max(found, key=_size, default=NOTHING)
+
+
+def _furthest(mine: Tensor, theirs: Tensor) -> float:
+    """Largest difference, relative to the largest value."""
+    largest = theirs.abs().max().item()
+    return _relative(largest + (mine - theirs).abs().max().item(), largest)
 
 
 def _worst_tensor(mine: Mapping[str, Tensor], theirs: Mapping[str, Tensor], sizes: Mapping[str, Tensor]) -> Worst:

@@ -55,7 +55,13 @@ MATRIX = (
 )
 """Each axis alone, then together, over 1, 2 and 4 ranks."""
 
-SELECTIVE = ("tp=2,ep=2,recompute=selective", "pp=2,ep=2,recompute=selective", "cp=2,ep=2,recompute=selective")
+SELECTIVE = (
+    "tp=2,ep=2,recompute=selective",
+    "pp=2,ep=2,recompute=selective",
+    "cp=2,ep=2,recompute=selective",
+    "pp=2,vpp=2,ep=2,recompute=moe",
+    "tp=2,cp=2,ep=2,recompute=moe",
+)
 
 
 @dataclass(frozen=True)
@@ -74,7 +80,7 @@ def matrix(world_size: int) -> list[LayoutCase]:
 def parse_layout(text: str) -> LayoutCase:
     """`tp=2,ep=2,...`: sizes of axes, dp (else the smallest that the others allow), and settings.
 
-    Settings: recompute=none|selective|full, dispatcher=alltoall|allgather|flex, optimizer=distributed|plain,
+    Settings: recompute=none|selective|moe|full (selective: attention; moe: the MoE layers too), dispatcher=alltoall|allgather|flex, optimizer=distributed|plain,
     overlap=gradients|parameters, sequence_parallel=true|false, tokens=N (micro-batch tokens).
 
     Raises:
@@ -102,7 +108,7 @@ def parse_layout(text: str) -> LayoutCase:
             | {
                 "ranks": ranks,
                 "layout": sizes,
-                "recompute": RecomputeConfig.model_validate({"granularity": recompute, "modules": ("core_attn",)}),
+                "recompute": _recompute(recompute),
                 "head_chunk_tokens": 16,
                 "step_timeout_seconds": 120,
             }
@@ -113,6 +119,12 @@ def parse_layout(text: str) -> LayoutCase:
     if problems := list(policy.problems()):
         raise ConfigError("\n".join(f"{text}: {key}: {message}" for key, message in problems))
     return LayoutCase(text, policy)
+
+
+def _recompute(value: str) -> RecomputeConfig:
+    if value == "moe":
+        return RecomputeConfig(granularity="selective", modules=("core_attn", "moe"))
+    return RecomputeConfig.model_validate({"granularity": value, "modules": ("core_attn",)})
 
 
 def _pair(text: str, part: str) -> tuple[str, str]:

@@ -70,10 +70,10 @@ class Response:
             return
         routes = None
         if shape is not None:
-            last = len(self.prompt.token_ids) + self.num_tokens + tokens - 2
-            routes = await part_routes(output, shape, self.first_position, last + 1, cache_version)
-        # The engine's string is three times the size of what was read from it.
-        self.parts.append(Part(without_payload(output), routes))
+            end = len(self.prompt.token_ids) + self.num_tokens + tokens - 1
+            routes = await part_routes(output, shape, self.first_position, end, cache_version)
+        # The engine's string is more than five times as large as what was read from it.
+        self.parts.append(Part(replace(output, routed_experts=None), routes))
 
     def finish_reason(self, max_tokens: int, stop_token_ids: tuple[int, ...]) -> FinishReason | None:
         """How the response ended; None: it was aborted and must go on."""
@@ -111,10 +111,6 @@ class Response:
 def was_paused(output: EngineOutput) -> bool:
     """Aborted so that it can go on, not for an error."""
     return output.finish_reason == "abort" and output.finish_status is None and output.finish_detail in PAUSED
-
-
-def without_payload(output: EngineOutput) -> EngineOutput:
-    return EngineOutput(**{**vars(output), "routed_experts": None})
 
 
 async def part_routes(
@@ -157,20 +153,14 @@ async def _readable_routes(
             experts = decode(output.routed_experts, **expected)
     except RoutesError as error:
         return masked_routes(rows, shape, error.kind)
-    version = int(versions.pop())
+    (version,) = map(int, versions)
     routes = recorded_routes(experts, version)
-    if cache_version is None or cache_version >= version:
+    cached = min(rows, max(0, output.cached_tokens - start))
+    if cache_version is None or cache_version >= version or not cached:
         return routes
-    return mask_cached(routes, min(rows, max(0, output.cached_tokens - start)), cache_version)
-
-
-def mask_cached(routes: Routes, cached: int, cache_version: int) -> Routes:
-    """The first `cached` positions may have been computed under the weights of `cache_version`."""
-    if not cached:
-        return routes
-    routes.recorded[:cached] = False
-    routes.weight_versions[:cached] = cache_version
-    return Routes(routes.experts, routes.recorded, routes.weight_versions, {"older_cache": cached})
+    positions = np.arange(rows)
+    chosen_under = np.where(positions < cached, cache_version, version).astype(np.int32)
+    return Routes(experts, positions >= cached, chosen_under, {"older_cache": cached})
 
 
 def covers(spans: tuple[WeightSpan, ...], length: int) -> bool:

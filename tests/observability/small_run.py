@@ -98,6 +98,45 @@ def step_row(batch: int, age: int) -> dict:
     }
 
 
+def routes_of_rollout(batch: int) -> dict:
+    """What a rollout row has besides where routes are recorded. Replay lowers k3 to a tenth."""
+    reasons = ("truncated", "layers", "range", "duplicates", "zero_layer", "missing")
+    reasons += ("mixed_versions", "retracted", "older_cache")
+    difference = {"mean_abs": 0.01, "k1": 1e-3, "k3": 2e-3 * (batch + 1), "share_above_ln2": 0.001}
+    return {
+        "routing/missing_share": 0.01,
+        "routing/bytes_per_token_wire": 21.4,
+        "routing/bytes_per_token_stored": 4.0,
+        "routing/bytes_per_token_gathered": 4.0,
+        **{f"routing/masked/{reason}": number for number, reason in enumerate(reasons)},
+        **{f"routing_probe/native/{name}": value for name, value in difference.items()},
+        **{f"routing_probe/replayed/{name}": value / 10 for name, value in difference.items()},
+        "routing_probe/same_set": 0.995,
+    }
+
+
+def routes_of_step(age: int) -> dict:
+    """What a step row has besides where routes are recorded: means over layers."""
+    return {
+        "routing/same_set": 0.995 - 0.02 * age,
+        "routing/same_slots": 0.98 - 0.02 * age,
+        "routing/overlap": 0.997 - 0.01 * age,
+        "routing/margin": 0.003,
+        "routing/largest_load": 1.4,
+        "routing/unused": 0.0,
+        "routing/missing_share": 0.01,
+        "routing/bytes_per_token_sent": 5.0,
+        "routing/bytes_per_token_largest_rank": 2.5,
+    }
+
+
+def layers_of_step(age: int) -> dict:
+    """The row of routing.jsonl: two MoE layers around the means."""
+    means = {name.removeprefix("routing/"): value for name, value in routes_of_step(age).items()}
+    names = ("same_set", "same_slots", "overlap", "margin", "largest_load", "unused")
+    return {name: [means[name] + 0.001, means[name] - 0.001] for name in names}
+
+
 def sync_row(step: int) -> dict:
     times = {"sync": 0.4, "send": 0.2, "flush": 0.1, "verify": 0.1}
     row = {"weight_version": step, "bytes": 1_000_000, "buckets": 1, "verified": True, "mismatches": 0}

@@ -1,7 +1,21 @@
 import re
+from dataclasses import fields
 from pathlib import Path
+from typing import get_args
 
-from small_run import checkpoint_row, evaluation_row, rollout_row, step_row, sync_row
+from small_run import (
+    checkpoint_row,
+    evaluation_row,
+    layers_of_step,
+    rollout_row,
+    routes_of_rollout,
+    routes_of_step,
+    step_row,
+    sync_row,
+)
+
+from megatron_vespo.routing.agreement import Agreement
+from megatron_vespo.routing.codec import RoutesFault
 
 DOCS = Path(__file__).parents[2] / "docs" / "metrics.md"
 
@@ -18,10 +32,18 @@ def documented() -> dict[str, set[str]]:
 
 def test_every_metric_of_a_row_is_documented_and_nothing_else():
     assert documented() == {
-        "rollout": set(rollout_row(0)),
-        "step": set(step_row(0, 0)) | set(step_row(0, 1)),
+        "rollout": set(rollout_row(0)) | set(routes_of_rollout(0)),
+        "step": set(step_row(0, 0)) | set(step_row(0, 1)) | set(routes_of_step(0)),
         "sync": set(sync_row(0)),
         "evaluation": set(evaluation_row("before", 0.5)),
         "checkpoint": set(checkpoint_row(5)),
         "phase": {"phase", "time/seconds"},
     }
+
+
+def test_every_figure_and_fault_of_recorded_routes_is_documented():
+    figures = {field.name for field in fields(Agreement)} - {"rows"}
+    assert {f"routing/{name}" for name in figures} <= documented()["step"]
+    assert {f"routing/masked/{kind}" for kind in get_args(RoutesFault)} <= documented()["rollout"]
+    (line,) = re.findall(r"^- `routing\.jsonl`.*$", DOCS.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    assert figures == set(layers_of_step(0)) == set(re.findall(r"`([a-z_]+)`", line)) - {"step", "null"}

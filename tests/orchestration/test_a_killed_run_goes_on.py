@@ -20,6 +20,7 @@ SETTINGS = (
     "checkpoint.save_every=3",
     "checkpoint.keep_last=1",
     "checkpoint.export_every=6",
+    "routing.replay=R3",  # routes are a part of what a checkpoint has of the rollout batch
 )
 
 
@@ -67,8 +68,10 @@ def test_metrics_and_weights_are_those_of_the_uninterrupted_run_bit_for_bit(runs
     beside = ("phase", "checkpoint")  # what tells of starting and of files, which come when they come
     first, second = ([without_times(r) for r in rows(run) if r["kind"] not in beside] for run in (whole, killed))
     assert [row["step"] for row in first if row["kind"] == "step"] == list(range(1, 13))
+    assert all(row["routing/missing_share"] == 0 for row in first if row["kind"] == "step")
     assert first == second
-    assert (whole / "weights.jsonl").read_bytes() == (killed / "weights.jsonl").read_bytes()
+    for name in ("weights.jsonl", "routing.jsonl"):
+        assert (whole / name).read_bytes() == (killed / name).read_bytes()
     weights = [(run / "checkpoint" / "model.safetensors").read_bytes() for run in (whole, killed)]
     assert weights[0] == weights[1]
 

@@ -11,7 +11,8 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
 from megatron_vespo.checkpoint.hf_config import Architecture
-from megatron_vespo.config import LayoutConfig, ModelConfig, OptimizerConfig, PolicyConfig
+from megatron_vespo.config import LayoutConfig, ModelConfig, OptimizerConfig, PolicyConfig, RecomputeConfig
+from megatron_vespo.errors import RunError
 from megatron_vespo.objective.metrics import LossMetrics
 from megatron_vespo.policy.batch import MicroBatch
 from megatron_vespo.policy.policy import MegatronPolicy
@@ -33,6 +34,7 @@ class Setup:
     temperature: float = 1.0
     head_chunk_tokens: int = 7
     router_aux_loss: float = 0.0
+    recompute: RecomputeConfig = field(default_factory=RecomputeConfig)
 
 
 def per_token(scores: TokenScores, micro_batch: MicroBatch) -> tuple[Tensor, Tensor, LossMetrics]:
@@ -60,6 +62,7 @@ def joined(rank: int, world_size: int, port: int, setup: Setup) -> Iterator[Mega
             head_chunk_tokens=setup.head_chunk_tokens,
             distributed_optimizer=setup.distributed_optimizer,
             router_aux_loss=setup.router_aux_loss,
+            recompute=setup.recompute,
             step_timeout_seconds=60,
         ),
         setup.optimizer,
@@ -177,6 +180,6 @@ def unequal_counts(rank: int, world_size: int, port: int, setup: Setup, batches:
 def said(action) -> str:
     try:
         action()
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError, RunError) as error:
         return str(error)
     return "nothing"

@@ -41,7 +41,6 @@ def trajectories(engine, prompts, rollout, **changes):
 
 def test_every_position_but_the_last_has_its_routes(engine, reference):
     found = trajectories(engine, random_prompts(8), DETERMINISTIC)
-    assert {t.finish_reason for t in found} == {"length"} or {t.finish_reason for t in found} == {"stop", "length"}
     for t in found:
         expected = routes_of(reference, tokens_of(t))
         assert len(expected) == len(t.prompt.token_ids) + len(t.response_ids) - 1
@@ -134,8 +133,8 @@ def test_routes_out_of_a_cache_of_older_weights_are_masked(plain_engine, referen
             np.testing.assert_array_equal(routes.experts[:cached], routes_of(reference, t.prompt.token_ids))
         new = load(tmp_path / "other")
         for t in (t for t in found if t.prompt is fresh):
-            first = t.sample == 0
-            assert t.engine_routes.masked == {} or not first
+            # The others may have found its prompt in the cache, and the engine does not say how old that is.
+            assert t.engine_routes.recorded.all() or t.sample > 0
             np.testing.assert_array_equal(t.engine_routes.experts, routes_of(new, tokens_of(t)))
 
         engine.run(engine.client.flush_cache())

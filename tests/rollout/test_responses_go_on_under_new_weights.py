@@ -37,20 +37,16 @@ def new(other_weights):
     return load(other_weights)
 
 
-def generate_and_interrupt(engine, prompts, rollout, interruption, after_tokens: int):
-    """Trajectories of `prompts`; `interruption` runs once the engine has sampled about `after_tokens` of each."""
+def generate_and_interrupt(engine, prompts, rollout, interruption):
+    """Trajectories of `prompts`, with `interruption` beside their generation."""
     client, settings = engine.client, settings_of(engine) | ANY_WEIGHTS
 
     async def generate():
         stream = generate_groups(client, prompts, rollout, **settings)
         return [t async for group in stream for t in group.trajectories]
 
-    async def interrupt():
-        await sampled_tokens(engine, after_tokens)
-        await interruption()
-
     async def both():
-        return (await asyncio.gather(generate(), interrupt()))[0]
+        return (await asyncio.gather(generate(), interruption()))[0]
 
     return engine.run(both())
 
@@ -61,6 +57,13 @@ async def sampled_tokens(engine, tokens: int) -> None:
     await engine.client.generate([[7, 8, 9]], [params], ["clock"])
 
 
+async def requests_wait(engine) -> None:
+    """Returns when the engine has a queue of requests that it cannot run yet."""
+    async with asyncio.timeout(60):
+        while (await engine.client._request("GET", "/v1/loads", None))["loads"][0]["num_waiting_reqs"] < 20:
+            await asyncio.sleep(0.02)
+
+
 def two_prompts():
     return random_prompts(2, seed=21)
 
@@ -69,11 +72,12 @@ def test_each_segment_has_the_routes_of_its_own_weights(engine, old, new, other_
     with group_with(engine) as group:
 
         async def interruption():
+            await sampled_tokens(engine, 20)
             await engine.client.pause_generation("abort")
             await send(engine, group, weights_in(other_weights), 1)
             await engine.client.continue_generation()
 
-        found = generate_and_interrupt(engine, two_prompts(), LONG, interruption, after_tokens=20)
+        found = generate_and_interrupt(engine, two_prompts(), LONG, interruption)
         update(engine, group, weights_in(engine.model_path), weight_version=0)
 
     interrupted = [t for t in found if len(t.segments) > 1]
@@ -108,11 +112,11 @@ def test_an_abort_changes_no_token_where_the_weights_stay(engine):
 
     async def interruption():
         for _ in range(2):
+            await sampled_tokens(engine, 10)
             await engine.client.pause_generation("abort")
             await engine.client.continue_generation()
-            await sampled_tokens(engine, 10)
 
-    found = generate_and_interrupt(engine, two_prompts(), LONG, interruption, after_tokens=10)
+    found = generate_and_interrupt(engine, two_prompts(), LONG, interruption)
     assert max(len(t.segments) for t in found) == 3
     whole = collect(engine, two_prompts(), LONG, routes=ROUTE_SHAPE)
     for t in found:
@@ -125,15 +129,16 @@ def test_an_abort_changes_no_token_where_the_weights_stay(engine):
 
 def test_what_waited_for_its_first_token_starts_again(engine, old):
     """More requests than the engine runs at once: those in its queue are aborted without a token."""
-    prompts = random_prompts(500, seed=5)
-    rollout = RolloutConfig(group_size=3, max_response_tokens=4, deterministic=True, concurrent_groups=500)
+    prompts = random_prompts(400, seed=5)
+    rollout = RolloutConfig(group_size=3, max_response_tokens=8, deterministic=True, concurrent_groups=400)
 
     async def interruption():
+        await requests_wait(engine)
         await engine.client.pause_generation("abort")
         await engine.client.continue_generation()
 
-    found = generate_and_interrupt(engine, prompts, rollout, interruption, after_tokens=1)
-    assert len(found) == 1500
+    found = generate_and_interrupt(engine, prompts, rollout, interruption)
+    assert len(found) == 1200
     again = [t for t in found if len(t.segments) == 1 and t.segments[0].request_id.endswith(f"/{t.sample}/1")]
     assert again
     for t in again[:20]:
@@ -145,11 +150,12 @@ def test_nothing_is_recorded_of_a_request_that_saw_two_weights(engine, other_wei
     with group_with(engine) as group:
 
         async def interruption():
+            await sampled_tokens(engine, 20)
             await engine.client.pause_generation("in_place")
             await send(engine, group, weights_in(other_weights), 1, flush_cache=False)
             await engine.client.continue_generation()
 
-        found = generate_and_interrupt(engine, two_prompts(), LONG, interruption, after_tokens=20)
+        found = generate_and_interrupt(engine, two_prompts(), LONG, interruption)
         update(engine, group, weights_in(engine.model_path), weight_version=0)
 
     assert sum(len(t.segments) > 1 for t in found) >= 3
