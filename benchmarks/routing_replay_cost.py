@@ -59,8 +59,8 @@ def main() -> None:
 
 def speeds(run: RunFolder) -> dict[str, float]:
     """Median over steps of the seconds of a trained position, and over batches of sampled tokens a second."""
-    steps = [row for row in run.metrics if row["kind"] == "step"][1:]
-    batches = [row for row in run.metrics if row["kind"] == "rollout"][1:]
+    steps = run.rows["step"][1:]
+    batches = run.rows["rollout"][1:]
     return {
         "step": statistics.median(row["time/train"] / row["tokens/trained"] for row in steps),
         "engine": statistics.median(row["speed/generated_tokens_per_second"] for row in batches),
