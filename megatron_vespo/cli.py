@@ -51,9 +51,10 @@ def train(
     from megatron_vespo.observability.console import RunConsole
 
     name, algorithm = Path(settings.run_dir).name, settings.algorithm
-    with RunConsole(name, algorithm.steps, algorithm.staleness, settings.observability.console) as console:
+    with RunConsole(name, algorithm.steps, algorithm.sync_every, settings.observability.console) as console:
         console.phase(LOADING)
-        from megatron_vespo.orchestration.synchronous import Resume, run_training
+        from megatron_vespo.orchestration.training import run_training
+        from megatron_vespo.orchestration.training_run import Resume
 
         what_next = run_training(settings, console, Resume(resume, allow_changes))
     print(what_next)

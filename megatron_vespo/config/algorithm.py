@@ -1,5 +1,6 @@
 """The learning algorithm: steps, staleness, rewards to advantages, objective."""
 
+import math
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -50,11 +51,51 @@ class OverlongShaping(Section):
     """Taken off the reward of a response that is cut."""
 
 
+class AsynchronousConfig(Section):
+    """Sampling and training side by side, with a hard bound on how old what is trained on may be.
+
+    Staleness is counted in optimizer steps, from the weights that sampled a response's first token to those that are
+    trained. One dial: with `max_staleness` K - 1 the two take turns, with 2 K - 1 sampling is one batch ahead, and the
+    larger it is the less they wait for each other.
+    """
+
+    sync_every: PositiveInt = 1
+    """K: optimizer steps between weight updates."""
+    max_staleness: int | None = Field(default=None, ge=0)
+    """S, at least K - 1."""
+    staleness_threshold: float | None = Field(default=None, ge=0)
+    """The paper's s, instead of `max_staleness`: S = ceil((1 + s) K) - 1."""
+    update: Literal["abort", "in_place", "wait"] = "abort"
+    """What a weight update does to responses that are being sampled. `abort`: each keeps what it has, and goes on under
+    the new weights in another request. `in_place`: it goes on over the keys and values of the old weights. `wait`: no new
+    ones are started until all have ended."""
+
+    def own_problems(self) -> Iterator[tuple[str, str]]:
+        if (self.max_staleness is None) == (self.staleness_threshold is None):
+            yield "max_staleness", "name either this or staleness_threshold"
+        elif self.bound < self.sync_every - 1:
+            yield (
+                "max_staleness",
+                f"{self.bound} is less than sync_every - 1 ({self.sync_every} - 1): the last step before an update "
+                "could never be taken",
+            )
+
+    @property
+    def bound(self) -> int:
+        """S."""
+        if self.max_staleness is not None:
+            return self.max_staleness
+        assert self.staleness_threshold is not None
+        return math.ceil((1 + self.staleness_threshold) * self.sync_every) - 1
+
+
 class AlgorithmConfig(Section):
     steps: PositiveInt
     """Optimizer steps of the run."""
     staleness: PositiveInt = 4
     """N: a rollout batch is N mini-batches with an optimizer step each, so tokens are at most N - 1 steps old."""
+    asynchronous: AsynchronousConfig | None = None
+    """None: a batch is sampled, then trained on, in turns. Else `staleness` is not used."""
     prompts_per_step: PositiveInt
     """Prompts (groups) of one mini-batch."""
     prompts_per_rollout_batch: PositiveInt | None = None
@@ -69,11 +110,24 @@ class AlgorithmConfig(Section):
     """Measure the variance of the gradient at each so-many-th optimizer step, which then costs about two; 0: never."""
 
     @property
+    def sync_every(self) -> int:
+        """Optimizer steps between weight updates."""
+        return self.staleness if self.asynchronous is None else self.asynchronous.sync_every
+
+    @property
+    def max_staleness(self) -> int:
+        """In optimizer steps."""
+        return self.staleness - 1 if self.asynchronous is None else self.asynchronous.bound
+
+    @property
     def rollout_batch_prompts(self) -> int:
         return self.staleness * self.prompts_per_step
 
     def own_problems(self) -> Iterator[tuple[str, str]]:
-        if self.steps % self.staleness:
+        if self.asynchronous is not None:
+            if self.prompts_per_rollout_batch is not None:
+                yield "prompts_per_rollout_batch", "there are no rollout batches with asynchronous: leave it out"
+        elif self.steps % self.staleness:
             nearest = -(-self.steps // self.staleness) * self.staleness
             yield (
                 "steps",
@@ -81,7 +135,7 @@ class AlgorithmConfig(Section):
                 f"{self.staleness} steps. Use steps={nearest}",
             )
         stated = self.prompts_per_rollout_batch
-        if stated is not None and stated != self.rollout_batch_prompts:
+        if self.asynchronous is None and stated is not None and stated != self.rollout_batch_prompts:
             yield (
                 "prompts_per_rollout_batch",
                 f"{stated} is not staleness * prompts_per_step ({self.staleness} * {self.prompts_per_step} = "

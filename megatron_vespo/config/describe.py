@@ -18,11 +18,21 @@ def derived_numbers(config: TrainConfig) -> list[str]:
     prompts = algorithm.rollout_batch_prompts
     per_step = algorithm.prompts_per_step * group
     batches = algorithm.steps // algorithm.staleness
+    if algorithm.asynchronous is None:
+        shape = [
+            f"rollout batch: {prompts} prompts x {group} = {prompts * group} trajectories "
+            f"= {algorithm.staleness} steps of {per_step}",
+            f"run: {batches} rollout batches = {algorithm.steps} steps, {algorithm.steps * per_step:,} trajectories",
+        ]
+    else:
+        shape = [
+            f"step: {algorithm.prompts_per_step} prompts x {group} = {per_step} trajectories, of whatever is complete",
+            f"run: {algorithm.steps} steps, {algorithm.steps * per_step:,} trajectories, new weights every "
+            f"{algorithm.sync_every} steps",
+        ]
     return [
-        f"rollout batch: {prompts} prompts x {group} = {prompts * group} trajectories "
-        f"= {algorithm.staleness} steps of {per_step}",
-        f"run: {batches} rollout batches = {algorithm.steps} steps, {algorithm.steps * per_step:,} trajectories",
-        f"staleness: at most {algorithm.staleness - 1} optimizer steps between sampling and training",
+        *shape,
+        f"staleness: at most {algorithm.max_staleness} optimizer steps between sampling and training",
         describe_layout(config.policy),
         f"longest sequence: {config.data.max_prompt_tokens} + {config.rollout.max_response_tokens} tokens; "
         f"micro-batches of up to {config.policy.micro_batch_tokens * config.policy.layout.cp} tokens",

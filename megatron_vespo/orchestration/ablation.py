@@ -22,7 +22,7 @@ from megatron_vespo.orchestration.resume import changed
 from megatron_vespo.orchestration.resume import is_finished as finished
 from megatron_vespo.orchestration.run_folder import CONFIG_COPY, create_run_folder
 from megatron_vespo.orchestration.runtime import Runtime
-from megatron_vespo.orchestration.synchronous import train
+from megatron_vespo.orchestration.training import loop_of
 from megatron_vespo.orchestration.training_run import recorded, run_once
 
 PAGE = "comparison.html"
@@ -123,11 +123,15 @@ async def train_one(parts: Parts, run: PlannedRun, number: str) -> None:
     with ExitStack() as stack:
         log = stack.enter_context((folder / CONSOLE_LOG).open("w"))
         console = RunConsole(
-            run.variant, config.algorithm.steps, config.algorithm.staleness, "plain", Console(file=log, highlight=False)
+            run.variant,
+            config.algorithm.steps,
+            config.algorithm.sync_every,
+            "plain",
+            Console(file=log, highlight=False),
         )
         stack.enter_context(console)
         record = stack.enter_context(recorded(config, folder, console, started))
-        await run_once(parts, config, prepared, record, console, train)
+        await run_once(parts, config, prepared, record, console, loop_of(config))
         assert record.session is not None
         accuracy = record.session.tally.accuracy
     seconds = time.monotonic() - started

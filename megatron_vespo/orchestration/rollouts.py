@@ -1,12 +1,13 @@
-"""One rollout batch: prompts are sampled on the engine, graded, and given advantages."""
+"""From prompts to what is trained on: sampled on the engine, graded, scored by the trainer, given advantages."""
 
+from megatron_vespo.orchestration.generator import Generator
 from megatron_vespo.orchestration.mini_batches import assign_advantages, settle_truncated, shape_rewards
 from megatron_vespo.orchestration.rescoring import rescore
 from megatron_vespo.orchestration.routing_probe import probe_batch
 from megatron_vespo.orchestration.session import Session
 from megatron_vespo.orchestration.step_routes import recording_figures
 from megatron_vespo.rollout.generate import generate_groups
-from megatron_vespo.rollout.trajectory import Group
+from megatron_vespo.rollout.trajectory import Group, Trajectory
 
 
 async def collect_rollouts(session: Session, batch: int, weight_version: int) -> list[Group]:
@@ -52,3 +53,30 @@ async def collect_rollouts(session: Session, batch: int, weight_version: int) ->
         },
     )
     return groups
+
+
+async def prepare_groups(
+    session: Session, generator: Generator, groups: list[Group], waited_seconds: float
+) -> list[Trajectory]:
+    """The groups of one asynchronous step, scored by the trainer and given advantages, and a row about them."""
+    config, step = session.config, session.progress.step
+    trajectories = [trajectory for group in groups for trajectory in group.trajectories]
+    await rescore(session, groups)
+    shape_rewards(groups, config.algorithm, config.rollout.max_response_tokens)
+    assign_advantages(groups, config.algorithm.advantage)
+    figures = session.sampler.describe(groups) | recording_figures(trajectories)
+    session.record(
+        "rollout",
+        step,
+        {
+            "batch": step // config.algorithm.sync_every,
+            "weight_version": session.weights.weight_version,
+            **figures,
+            "response/segments_mean": sum(len(t.segments) for t in trajectories) / len(trajectories),
+            "buffer/complete": len(generator.complete),
+            "buffer/running": generator.running,
+            "time/wait": waited_seconds,
+            "speed/generated_tokens_per_second": generator.take_speed(),
+        },
+    )
+    return trajectories

@@ -42,11 +42,9 @@ class Sampler:
         async def receive() -> None:
             tokens = 0
             async for group in stream:
-                for trajectory in group.trajectories:
-                    trajectory.text = self.tokenizer.decode_response(trajectory.response_ids)
-                    tokens += len(trajectory.response_ids)
+                tokens += sum(len(trajectory.response_ids) for trajectory in group.trajectories)
                 groups[group.prompt.identity] = group
-                grading.append(asyncio.create_task(self.grader.grade(group.trajectories)))
+                grading.append(asyncio.create_task(self.grade(group)))
                 self.console.progress(len(groups), len(prompts), "groups", f"{tokens:,} tokens")
 
         waves = -(-len(prompts) // self.rollout.concurrent_groups)
@@ -60,6 +58,12 @@ class Sampler:
                 task.cancel()
         ordered = [groups[prompt.identity] for prompt in prompts]
         return ordered, sampled - started, time.monotonic() - sampled
+
+    async def grade(self, group: Group) -> None:
+        """Decode and grade its responses, in place."""
+        for trajectory in group.trajectories:
+            trajectory.text = self.tokenizer.decode_response(trajectory.response_ids)
+        await self.grader.grade(group.trajectories)
 
     def describe(self, groups: list[Group]) -> dict[str, Any]:
         """Figures of rewards and responses."""

@@ -22,6 +22,17 @@ class Tally:
     steps: int = 0
     generated_tokens: int = 0
     trained_tokens: int = 0
+    max_staleness_seen: int = 0
+    updates_mid_generation: int = 0
+    """Weight updates that interrupted responses."""
+    trajectories_generated: int = 0
+    trajectories_used: int = 0
+    trajectories_filtered: int = 0
+    """Of groups without variance, where these are left out."""
+    trajectories_left: int = 0
+    """Complete, and not needed any more, at the run's end."""
+    overlap: float = 0.0
+    """Share of the loop's wall time in which both sampling and training ran."""
     mismatch_sum: float = 0.0
     mismatch_tokens: float = 0.0
     accuracy: dict[str, float] = field(default_factory=dict)

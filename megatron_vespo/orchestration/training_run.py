@@ -132,13 +132,37 @@ def summary(session: Session, status: str, wall_seconds: float) -> dict:
         "eval_accuracy_before": tally.accuracy.get("before"),
         "eval_accuracy_after": tally.accuracy.get("after"),
         "steps": tally.steps,
-        "staleness": session.config.algorithm.staleness,
+        "staleness": session.config.algorithm.sync_every,
+        "max_staleness": session.config.algorithm.max_staleness,
+        "max_staleness_seen": tally.max_staleness_seen,
+        **asynchronous_summary(session),
         "generated_tokens": tally.generated_tokens,
         "trained_tokens": tally.trained_tokens,
         "wall_seconds": round(wall_seconds, 1),
         "weight_syncs": session.weights.syncs,
         "weight_sync_mismatches": session.weights.mismatches,
         "mean_abs_logprob_diff": tally.mean_abs_logprob_diff,
+    }
+
+
+def asynchronous_summary(session: Session) -> dict:
+    """What became of every trajectory. Nothing is ever dropped for its age."""
+    if session.config.algorithm.asynchronous is None:
+        return {}
+    tally = session.tally
+    return {
+        "updates_mid_generation": tally.updates_mid_generation,
+        "trajectories_generated": tally.trajectories_generated,
+        "trajectories_used": tally.trajectories_used,
+        "trajectories_filtered": tally.trajectories_filtered,
+        "trajectories_left": tally.trajectories_left,
+        "dropped_for_age": (
+            tally.trajectories_generated
+            - tally.trajectories_used
+            - tally.trajectories_filtered
+            - tally.trajectories_left
+        ),
+        "overlap": round(tally.overlap, 3),
     }
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_vespo.errors import RunError
+from megatron_vespo.rollout.gate import Gate
 
 
 class EngineError(RunError):
@@ -90,6 +91,7 @@ class EngineClient:
             "control": control_timeout_seconds,
         }
         self._session: aiohttp.ClientSession | None = None
+        self.gate = Gate()
 
     async def close(self) -> None:
         if self._session is not None:
@@ -128,7 +130,8 @@ class EngineClient:
         }
         if return_routed_experts:
             body |= {"return_routed_experts": True, "routed_experts_start_len": routed_experts_start_len}
-        answer = await self._request("POST", "/generate", body, deadline="generate")
+        async with self.gate.through():
+            answer = await self._request("POST", "/generate", body, deadline="generate")
         if not isinstance(answer, list) or len(answer) != len(input_ids):
             raise self._nonsense("/generate", f"expected a list of {len(input_ids)} responses", answer)
         try:
@@ -146,6 +149,10 @@ class EngineClient:
             # Asked to wait, the engine looks again only now and then, so this is not the first thing to try.
             seconds = self._deadlines["control"] / 2
             await self._request("POST", f"/flush_cache?timeout={seconds}", None, parse=False)
+
+    async def abort_all(self) -> None:
+        """End every request that the engine knows of; each returns what it has."""
+        await self._request("POST", "/abort_request", {"rid": "", "abort_all": True}, parse=False)
 
     async def pause_generation(self, mode: Literal["abort", "in_place", "retract"]) -> None:
         """Hold new requests, and stop those that run, until `continue_generation`.

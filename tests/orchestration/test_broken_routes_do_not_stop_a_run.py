@@ -17,7 +17,7 @@ from megatron_vespo.observability.console import RunConsole
 from megatron_vespo.orchestration.mini_batches import mini_batches
 from megatron_vespo.orchestration.rollouts import collect_rollouts
 from megatron_vespo.orchestration.routing_probe import ProbeFailed, probe_engine_routes
-from megatron_vespo.orchestration.synchronous import sync_weights, train_step
+from megatron_vespo.orchestration.steps import sync_weights, train_step
 from megatron_vespo.orchestration.training_run import Resume, run_training_loop
 from megatron_vespo.rollout.trajectory_file import read_trajectories
 

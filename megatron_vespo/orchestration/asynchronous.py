@@ -1,0 +1,49 @@
+"""The asynchronous loop: the engine samples without pause, the trainer takes groups as they are complete."""
+
+import time
+
+from megatron_vespo.orchestration.busy_time import BusyTime, seconds_of_both
+from megatron_vespo.orchestration.exports import Exports
+from megatron_vespo.orchestration.generator import Generator
+from megatron_vespo.orchestration.rollouts import prepare_groups
+from megatron_vespo.orchestration.session import Session
+from megatron_vespo.orchestration.steps import evaluate_policy, sync_weights, train_step
+
+
+async def train(session: Session) -> None:
+    algorithm, progress = session.config.algorithm, session.progress
+    exports, training, started = Exports(session), BusyTime(), time.monotonic()
+    await evaluate_policy(session, "before")
+    generator = Generator(session)
+    generator.start()
+    try:
+        while progress.step < algorithm.steps:
+            waiting = time.monotonic()
+            groups = await generator.next_step()
+            training.set(True, time.monotonic())
+            trajectories = await prepare_groups(session, generator, groups, time.monotonic() - waiting)
+            await train_step(session, trajectories)
+            session.tally.trajectories_used += len(trajectories)
+            training.set(False, time.monotonic())
+            if progress.step % algorithm.sync_every == 0 and progress.step < algorithm.steps:
+                async with generator.held():
+                    await sync_weights(session)
+            if session.evaluation_due():
+                await evaluate_held_out(session, generator)
+            await exports.after_step()
+    finally:
+        await generator.stop()
+    now = time.monotonic()
+    session.tally.overlap = seconds_of_both(generator.busy.until(now), training.until(now)) / (now - started)
+    session.tally.trajectories_left = sum(len(group.trajectories) for group in generator.complete.values())
+
+    await evaluate_policy(session, "after")
+    await exports.settle(wait=True)
+    await session.export_checkpoint()
+
+
+async def evaluate_held_out(session: Session, generator: Generator) -> None:
+    """With the trainer's weights of now, beside what is being sampled."""
+    async with generator.held():
+        await sync_weights(session)
+    await evaluate_policy(session, "during")

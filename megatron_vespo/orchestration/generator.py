@@ -1,0 +1,161 @@
+"""Keeps the engine busy: starts groups as admission allows, grades them, and keeps those that are complete."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import numpy as np
+
+from megatron_vespo.orchestration.admission import Bound, Ledger
+from megatron_vespo.orchestration.busy_time import BusyTime
+from megatron_vespo.orchestration.mini_batches import settle_truncated
+from megatron_vespo.orchestration.session import Session
+from megatron_vespo.rollout.generate import Generation, generate_group
+from megatron_vespo.rollout.trajectory import Group, Prompt
+
+
+class Generator:
+    """Of one run. Everything happens in the driver's event loop, between its other waits.
+
+    Attributes:
+        ledger: which groups were started and not yet used.
+        complete: graded groups by their numbers.
+        busy: when anything was being sampled.
+    """
+
+    def __init__(self, session: Session) -> None:
+        algorithm = session.config.algorithm
+        self._session = session
+        self._needed = algorithm.steps * algorithm.prompts_per_step
+        self._filter = algorithm.advantage.zero_variance_groups == "filter"
+        self._running: dict[int, asyncio.Task[None]] = {}
+        self._failure: BaseException | None = None
+        self._changed = asyncio.Event()
+        self.ledger = Ledger(Bound(algorithm.max_staleness, algorithm.prompts_per_step), session.progress.step)
+        self.complete: dict[int, Group] = {}
+        self.busy = BusyTime()
+        self._tokens = 0
+        self._since = time.monotonic()
+
+    def start(self) -> None:
+        """As many groups as admission, the engine's settings and the rest of the run allow."""
+        version = self._session.weights.weight_version
+        assert version is not None
+        used = self.ledger.step * self._session.config.algorithm.prompts_per_step
+        room = min(
+            self.ledger.room(version),
+            self._session.config.rollout.concurrent_groups - len(self._running),
+            self._needed - used - len(self.ledger.deadlines),
+        )
+        for prompt in self._session.prompts.take(max(0, room)):
+            number = self.ledger.start(version)
+            task = asyncio.create_task(self._sample(number, prompt))
+            self._running[number] = task
+            task.add_done_callback(lambda done, number=number: self._ended(number, done))
+        self.busy.set(bool(self._running), time.monotonic())
+
+    async def next_step(self) -> list[Group]:
+        """The groups of the next optimizer step, once they and all that could become too old are complete.
+
+        Raises:
+            RunFailed: a group could not be sampled or graded, or none came in time.
+        """
+        supervisor, timeout = self._session.sampler.supervisor, self._session.config.rollout.engine
+        while (chosen := self.ledger.choose(self.complete)) is None:
+            self._changed.clear()
+            missing = len(self.ledger.waited_for(self.complete))
+            what = f"wait for {missing} of {len(self._running)} groups that are being sampled"
+            await supervisor.wait(what, self._next_change(), timeout.request_timeout_seconds)
+        self.ledger.use(chosen)
+        groups = [self.complete.pop(number) for number in chosen]
+        self.start()
+        return groups
+
+    @asynccontextmanager
+    async def held(self) -> AsyncIterator[None]:
+        """Inside, the weights may change. What runs is treated as `asynchronous.update` says."""
+        session = self._session
+        asynchronous = session.config.algorithm.asynchronous
+        assert asynchronous is not None
+        client, tally = session.sampler.client, session.tally
+        if asynchronous.update == "in_place":
+            running = client.gate.passing
+            await client.pause_generation("in_place")
+            try:
+                yield
+            finally:
+                await client.continue_generation()
+        else:
+            abort = client.abort_all if asynchronous.update == "abort" else None
+            async with client.gate.closed(abort) as running:
+                yield
+            running = running if abort is not None else 0
+        tally.updates_mid_generation += running > 0
+        self.start()
+
+    @property
+    def running(self) -> int:
+        """Groups that are being sampled or graded."""
+        return len(self._running)
+
+    def take_speed(self) -> float:
+        """Tokens of complete responses a second, since this was last asked for."""
+        tokens, now = self._tokens, time.monotonic()
+        speed = tokens / (now - self._since)
+        self._tokens, self._since = 0, now
+        return speed
+
+    async def stop(self) -> None:
+        """Drop what is still being sampled."""
+        tasks = list(self._running.values())
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _sample(self, number: int, prompt: Prompt) -> None:
+        session = self._session
+        group = await generate_group(session.sampler.client, prompt, self._generation())
+        await session.sampler.grade(group)
+        settle_truncated([group], session.config.rollout)
+        tokens = sum(len(trajectory.response_ids) for trajectory in group.trajectories)
+        self._tokens += tokens
+        session.tally.generated_tokens += tokens
+        session.tally.trajectories_generated += len(group.trajectories)
+        if self._filter and np.ptp([trajectory.reward for trajectory in group.trajectories]) == 0:
+            self.ledger.leave_out(number)
+            session.tally.trajectories_filtered += len(group.trajectories)
+        else:
+            self.complete[number] = group
+
+    def _generation(self) -> Generation:
+        session, config = self._session, self._session.config
+        return Generation(
+            samples=config.rollout.group_size,
+            sampling=config.rollout.sampling,
+            max_response_tokens=config.rollout.max_response_tokens,
+            deterministic=config.rollout.deterministic,
+            concurrent_groups=1,
+            stop_token_ids=tuple(session.sampler.tokenizer.stop_token_ids),
+            vocab_size=session.sampler.vocab_size,
+            run_seed=config.seed,
+            stream="rollout",
+            weight_version=None,
+            cache_version=session.weights.cache_version,
+            routes=session.routing_shape,
+        )
+
+    def _ended(self, number: int, task: asyncio.Task[None]) -> None:
+        del self._running[number]
+        if not task.cancelled():
+            self._failure = self._failure or task.exception()
+            if self._failure is None:
+                self.start()
+        self.busy.set(bool(self._running), time.monotonic())
+        self._changed.set()
+
+    async def _next_change(self) -> None:
+        if self._failure is None:
+            await self._changed.wait()
+        if self._failure is not None:
+            raise self._failure

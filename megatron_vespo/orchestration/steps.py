@@ -1,0 +1,139 @@
+"""What both loops are made of: an optimizer step and what it tells, weights to the engine, an evaluation."""
+
+import time
+
+import numpy as np
+
+from megatron_vespo.errors import RunError
+from megatron_vespo.objective.diagnostics import (
+    difference_diagnostics,
+    mismatch_alarm,
+    token_diagnostics,
+    weight_diagnostics,
+)
+from megatron_vespo.objective.kernels import largest_coefficient
+from megatron_vespo.orchestration.evaluation import evaluate
+from megatron_vespo.orchestration.gradient_noise import gradient_noise, measure_parts
+from megatron_vespo.orchestration.mini_batches import packing_figures, training_sequences
+from megatron_vespo.orchestration.rescoring import engine_mismatch
+from megatron_vespo.orchestration.routing_probe import probe_engine_routes
+from megatron_vespo.orchestration.session import Session
+from megatron_vespo.orchestration.step_routes import by_layer, routing_figures, step_routes
+from megatron_vespo.policy.result import StepResult
+from megatron_vespo.rollout.trajectory import Trajectory
+
+
+async def train_step(session: Session, trajectories: list[Trajectory]) -> None:
+    """One optimizer step.
+
+    Raises:
+        RunError: a trajectory is staler than the run's bound.
+    """
+    algorithm, progress = session.config.algorithm, session.progress
+    oldest = max(staleness_of(trajectories, progress.step))
+    if oldest > algorithm.max_staleness:
+        raise RunError(f"step {progress.step + 1}: staleness {oldest} is above the bound {algorithm.max_staleness}")
+    batch, mini_batch = divmod(progress.step, algorithm.sync_every)
+    session.console.phase("training")
+    session.console.progress(mini_batch, algorithm.sync_every, "steps", f"batch {batch + 1}")
+    parts = await measure_parts(session, trajectories, progress.step + 1)
+    started = time.monotonic()
+    report = await session.policy.train_step(
+        training_sequences(trajectories, algorithm.old_policy),
+        algorithm.objective,
+        step_routes(trajectories, session.config.routing),
+    )
+    seconds = time.monotonic() - started
+    progress.step += 1
+    record_step(session, trajectories, report, gradient_noise(parts, report), seconds)
+
+
+def record_step(
+    session: Session, trajectories: list[Trajectory], report: StepResult, noise: dict[str, float], seconds: float
+) -> None:
+    """What the step that was just taken tells, as a row of metrics."""
+    algorithm, step = session.config.algorithm, session.progress.step
+    batch, mini_batch = divmod(step - 1, algorithm.sync_every)
+    ages = staleness_of(trajectories, step - 1)
+    assert report.packing is not None
+    trained = sum(len(t.prompt.token_ids) + len(t.response_ids) - 1 for t in trajectories)
+    sequences = {name: values.double().numpy() for name, values in report.sequences.items()}
+    weights = weight_diagnostics(sequences, largest_coefficient(algorithm.objective.kernel))
+    # Where all was sampled under exactly the trainer's weights, what differs is the engines; elsewhere also the weights.
+    if max(ages) > 0:
+        session.tally.add_step(trained, None)
+        differences = difference_diagnostics(report.sums, "drift")
+    else:
+        sums, spread = report.sums, weights["log_weight/std"]
+        if algorithm.old_policy == "proximal":  # W is against the trainer itself, and has nothing of the engine
+            sums, spread = engine_mismatch(trajectories)
+        session.tally.add_step(trained, sums)
+        differences = {**difference_diagnostics(sums, "mismatch"), "alarm/mismatch": mismatch_alarm(spread)}
+        if differences["alarm/mismatch"]:
+            session.console.event(
+                f"ALARM: engine and trainer disagree: std(log W) is {spread:.2f} at equal weights (docs/metrics.md)"
+            )
+    session.record(
+        "step",
+        step,
+        {
+            "batch": batch,
+            "mini_batch": mini_batch,
+            "staleness": max(ages),
+            "staleness/mean": float(np.mean(ages)),
+            "loss": report.loss,
+            "grad_norm": report.gradient_norm,
+            "learning_rate": report.learning_rate,
+            **weights,
+            **differences,
+            **token_diagnostics(report.sums),
+            **routing_figures(trajectories, report, session.config.routing),
+            **noise,
+            **packing_figures(report.packing),
+            "tokens/trained": trained,
+            "time/train": seconds,
+            "speed/trained_tokens_per_second": trained / seconds,
+        },
+    )
+    if report.routing is not None:
+        session.metrics.write_routing(step, by_layer(report.routing))
+    # What is masked out of the loss has no weight that means anything.
+    counted = sequences["tokens"] > 0
+    vectors = {name: sequences[name][counted] for name in ("log_weight", "phi", "advantage")}
+    session.metrics.write_weights(step, max(ages), vectors | {"age": np.array(ages)[counted]})
+    session.tally.max_staleness_seen = max(session.tally.max_staleness_seen, *ages)
+
+
+def staleness_of(trajectories: list[Trajectory], step: int) -> list[int]:
+    """Optimizer steps between the weights of each one's oldest segment and those after `step` steps."""
+    return [step - trajectory.oldest_weight_version for trajectory in trajectories]
+
+
+async def evaluate_policy(session: Session, when: str) -> None:
+    """With the trainer's weights of now. What the engine sampled before is not touched by that."""
+    await sync_weights(session)
+    await evaluate(session, when, session.progress.step)
+
+
+async def sync_weights(session: Session) -> None:
+    """Bring the trainer's weights to the engine, as weight version `step`, unless it has them."""
+    step = session.progress.step
+    if session.weights.weight_version == step:
+        return
+    session.console.phase("syncing weights")
+    report = await session.weights.sync(weight_version=step)
+    if not session.engine_probed:
+        await probe_engine_routes(session)
+    session.record(
+        "sync",
+        step,
+        {
+            "weight_version": report.weight_version,
+            "bytes": report.bytes,
+            "buckets": report.buckets,
+            "verified": report.verified,
+            "mismatches": session.weights.mismatches,
+            "time/sync": sum(report.seconds.values()),
+            **{f"time/{name}": seconds for name, seconds in report.seconds.items()},
+        },
+    )
