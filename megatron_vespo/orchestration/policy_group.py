@@ -134,7 +134,8 @@ class PolicyGroup:
             "score sequences and record their routes",
             lambda actor, rank: actor.score_and_record.remote(*sent.of_rank(rank)),
         )
-        slices = [(place, own) for place, (_, own) in zip(self._places, answers, strict=True)]
+        # A pipeline stage of dense layers alone has recorded nothing.
+        slices = [(place, own) for place, (_, own) in zip(self._places, answers, strict=True) if place.moe_layers]
         recorded = assemble_routes(step, slices, self._shape, weight_version)
         return _in_order(sequences, [scores for scores, _ in answers]), [recorded[s.key] for s in sequences]
 

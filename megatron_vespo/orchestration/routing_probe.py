@@ -10,7 +10,7 @@ from megatron_vespo.config import TrainConfig
 from megatron_vespo.errors import RunError
 from megatron_vespo.objective.diagnostics import difference_diagnostics
 from megatron_vespo.objective.metrics import measured_difference
-from megatron_vespo.orchestration.mini_batches import training_sequences
+from megatron_vespo.orchestration.mini_batches import response_log_probs, training_sequences
 from megatron_vespo.orchestration.policy_group import RecordedRoutes
 from megatron_vespo.orchestration.session import Session
 from megatron_vespo.policy.result import TokenScores
@@ -124,7 +124,7 @@ async def probe_batch(session: Session, groups: list[Group]) -> dict[str, float]
     folder = session.folder / FOLDER
     folder.mkdir(exist_ok=True)
     kept = [
-        replace(t, proximal_routes=recorded, proximal_log_probs=_of_response(t, scores))
+        replace(t, proximal_routes=recorded, proximal_log_probs=response_log_probs(t, scores))
         for t, recorded, scores in zip(probed, own, native, strict=True)
     ]
     write_trajectories(kept, folder)
@@ -137,13 +137,8 @@ async def probe_batch(session: Session, groups: list[Group]) -> dict[str, float]
 
 
 def _difference(trajectories: list[Trajectory], scores: list[TokenScores], prefix: str) -> dict[str, float]:
-    trainer = np.concatenate([_of_response(t, one) for t, one in zip(trajectories, scores, strict=True)])
+    trainer = np.concatenate([response_log_probs(t, one) for t, one in zip(trajectories, scores, strict=True)])
     engine = np.concatenate([t.behavior_log_probs for t in trajectories])
     mask = torch.ones(len(trainer), dtype=torch.bool)
     sums = measured_difference(torch.from_numpy(trainer), torch.from_numpy(engine), mask)
     return difference_diagnostics({name: float(value) for name, value in sums.items()}, prefix)
-
-
-def _of_response(trajectory: Trajectory, scores: TokenScores) -> np.ndarray:
-    """[positions] -> [response tokens]: the last prompt token predicts the first of the response."""
-    return scores.log_probs[len(trajectory.prompt.token_ids) - 1 :].numpy()
