@@ -134,6 +134,11 @@ def extra_arguments(engine: EngineConfig) -> dict[str, Any]:
 
 def require_routes(extra: dict[str, Any]) -> None:
     """Raises ConfigError for further arguments under which SGLang's routes are wrong, or end it in the middle of a run."""
+    if extra.get("chunked-prefill-size") == -1:
+        raise ConfigError(
+            "rollout.engine.extra_arguments: routes cannot be recorded with 'chunked-prefill-size': -1: SGLang's room for "
+            "them is as large as a chunk. Name a size"
+        )
     for name, reason in WITHOUT_ROUTES.items():
         if extra.get(name):
             raise ConfigError(
