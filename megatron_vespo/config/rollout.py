@@ -96,6 +96,6 @@ class WeightSyncConfig(Section):
     verify_every: PositiveInt = 10
     """Compare the checksum of every tensor on the engine at the start and at each such sync."""
     flush_cache: bool = True
-    """Empty the engine's prefix cache at each sync. Kept, it serves prompts computed under older weights; their routes are
-    then marked with the older version and not replayed."""
+    """Empty the engine's prefix cache at each sync, not only at a run's first. Kept, it serves prompts computed under older
+    weights; their routes are then marked with the older version and not replayed."""
     timeout_seconds: PositiveFloat = 600.0

@@ -27,7 +27,7 @@ async def measure_parts(session: Session, trajectories: list[Trajectory], step: 
         await session.policy.gradient_norm(
             training_sequences(part, algorithm.old_policy),
             algorithm.objective,
-            step_routes(part, session.config.routing),
+            step_routes(part, session.config.routing, measure=False),
         )
         for part in in_parts(trajectories, group_size)
     ]

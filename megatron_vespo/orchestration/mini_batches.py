@@ -14,6 +14,7 @@ from megatron_vespo.objective.kl import kl_penalty
 from megatron_vespo.objective.overlong import overlong_penalty
 from megatron_vespo.policy.batch import TrainingSequence
 from megatron_vespo.policy.packing import PackingReport
+from megatron_vespo.policy.result import TokenScores
 from megatron_vespo.rollout.trajectory import Group, Trajectory
 
 
@@ -52,6 +53,11 @@ def _take_off(trajectories: list[Trajectory], penalties: NDArray[np.float64]) ->
 def response_bounds(trajectories: list[Trajectory]) -> Tensor:
     """Where responses begin and end when they are put behind each other: [n + 1] int32."""
     return torch.tensor([0, *np.cumsum([len(t.response_ids) for t in trajectories])], dtype=torch.int32)
+
+
+def response_log_probs(trajectory: Trajectory, scores: TokenScores) -> NDArray[np.float32]:
+    """[positions] -> [response tokens]: the last prompt token predicts the first of the response."""
+    return scores.log_probs[len(trajectory.prompt.token_ids) - 1 :].numpy()
 
 
 def assign_advantages(groups: list[Group], config: AdvantageConfig) -> None:

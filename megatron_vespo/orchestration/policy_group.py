@@ -1,5 +1,6 @@
 """The trainer as the loops see it: all ranks as one."""
 
+import asyncio
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -88,7 +89,7 @@ class PolicyGroup:
         `objective` None is supervised training.
         """
         step = pack_step(sequences, self._packing)
-        sent = self._send(step, routes)
+        sent = await self._send(step, routes)
         results = await self.on_all(
             "train a step", lambda actor, rank: actor.train_step.remote(*sent.of_rank(rank), objective)
         )
@@ -100,7 +101,7 @@ class PolicyGroup:
         self, sequences: list[TrainingSequence], objective: ObjectiveConfig, routes: RecordedRoutes | None = None
     ) -> tuple[float, int]:
         """Norm of the gradient that a step on `sequences` alone would have, and the denominator of its loss."""
-        sent = self._send(pack_step(sequences, self._packing), routes)
+        sent = await self._send(pack_step(sequences, self._packing), routes)
         answers = await self.on_all(
             "measure a gradient", lambda actor, rank: actor.gradient_norm.remote(*sent.of_rank(rank), objective)
         )
@@ -118,7 +119,7 @@ class PolicyGroup:
 
         `reference`: under the frozen weights of `policy.reference` instead of the current ones.
         """
-        sent = self._send(pack_step(sequences, self._packing), routes)
+        sent = await self._send(pack_step(sequences, self._packing), routes)
         parts = await self.on_all(
             "score sequences", lambda actor, rank: actor.score.remote(*sent.of_rank(rank), with_entropy, reference)
         )
@@ -129,17 +130,23 @@ class PolicyGroup:
     ) -> tuple[list[TokenScores], list[Routes]]:
         """As `score`, and the experts that were used. `weight_version`: what the current weights are called."""
         step = pack_step(sequences, self._packing)
-        sent = self._send(step, routes)
+        sent = await self._send(step, routes)
         answers = await self.on_all(
             "score sequences and record their routes",
             lambda actor, rank: actor.score_and_record.remote(*sent.of_rank(rank)),
         )
-        slices = [(place, own) for place, (_, own) in zip(self._places, answers, strict=True)]
-        recorded = assemble_routes(step, slices, self._shape, weight_version)
+        # A pipeline stage of dense layers alone has recorded nothing.
+        slices = [(place, own) for place, (_, own) in zip(self._places, answers, strict=True) if place.moe_layers]
+        recorded = await asyncio.to_thread(assemble_routes, step, slices, self._shape, weight_version)
         return _in_order(sequences, [scores for scores, _ in answers]), [recorded[s.key] for s in sequences]
 
-    def _send(self, step: list[list[MicroBatch]], routes: RecordedRoutes | None) -> "_Sent":
+    async def _send(self, step: list[list[MicroBatch]], routes: RecordedRoutes | None) -> "_Sent":
         """Each rank's share of a step, and of its routes what the rank needs, into Ray's object store."""
+        if routes is None:
+            return self._put(step, None)
+        return await asyncio.to_thread(self._put, step, routes)  # large: requests to the engine go on meanwhile
+
+    def _put(self, step: list[list[MicroBatch]], routes: RecordedRoutes | None) -> "_Sent":
         shares = [ray.put(share) for share in step]
         places = self._places
         if routes is None:

@@ -47,7 +47,10 @@ def prepare_training(config: TrainConfig) -> Prepared:
     check_functions(config.algorithm)
     check_routing(config, architecture)
     tokenizer = load_tokenizer(config.model.path)
-    check_engine(config.model.path, config.model.dtype, architecture, config.data, config.rollout)
+    check_engine(
+        *(config.model.path, config.model.dtype, architecture, config.data, config.rollout),
+        return_routed_experts=config.routing.engine_records,
+    )
     build_scorers(numbered_sources(config.data, config.evaluation.sources))
     held_out = held_out_prompts(config.evaluation, config.data, tokenizer)
     prompts = PromptStream(config.data, tokenizer, seed=config.seed, excluded=question_texts(held_out))
@@ -70,12 +73,21 @@ def check_routing(config: TrainConfig, architecture: Architecture) -> None:
 
 
 def check_engine(
-    model_path: str, model_dtype: str, architecture: Architecture, data: DataConfig, rollout: RolloutConfig
+    model_path: str,
+    model_dtype: str,
+    architecture: Architecture,
+    data: DataConfig,
+    rollout: RolloutConfig,
+    *,
+    return_routed_experts: bool = False,
 ) -> None:
     """Raises ConfigError where SGLang would not serve this model with these settings."""
     if architecture.is_moe:
         check_experts_of_engine(model_path, architecture)
-    EngineServer(**engine_settings(model_path, model_dtype, data, rollout, seed=0, logs=Path()))
+    settings = engine_settings(
+        *(model_path, model_dtype, data, rollout), seed=0, logs=Path(), return_routed_experts=return_routed_experts
+    )
+    EngineServer(**settings)
 
 
 def check_experts_of_engine(model_path: str, architecture: Architecture) -> None:

@@ -6,7 +6,7 @@ import torch
 from megatron_vespo.config import ObjectiveConfig
 from megatron_vespo.objective.engine_correction import engine_log_weights
 from megatron_vespo.objective.metrics import measured_difference
-from megatron_vespo.orchestration.mini_batches import response_bounds, training_sequences
+from megatron_vespo.orchestration.mini_batches import response_bounds, response_log_probs, training_sequences
 from megatron_vespo.orchestration.session import Session
 from megatron_vespo.orchestration.step_routes import step_routes
 from megatron_vespo.policy.batch import TrainingSequence
@@ -27,13 +27,13 @@ async def rescore(session: Session, groups: list[Group]) -> None:
         scores = await _proximal(session, trajectories, sequences)
         if config.algorithm.old_policy == "proximal":
             for trajectory, score in zip(trajectories, scores, strict=True):
-                trajectory.proximal_log_probs = _of_response(trajectory, score)
+                trajectory.proximal_log_probs = response_log_probs(trajectory, score)
             correct_engine(trajectories, config.algorithm.objective)
     if config.policy.reference is not None:
         session.console.phase("scoring: reference")
         scores = await session.policy.score(sequences, reference=True)
         for trajectory, score in zip(trajectories, scores, strict=True):
-            trajectory.reference_log_probs = _of_response(trajectory, score)
+            trajectory.reference_log_probs = response_log_probs(trajectory, score)
 
 
 async def _proximal(
@@ -45,7 +45,7 @@ async def _proximal(
         for trajectory, own in zip(trajectories, routes, strict=True):
             trajectory.proximal_routes = own
         return scores
-    routes = step_routes(trajectories, session.config.routing) if session.config.routing.replay == "R3" else None
+    routes = step_routes(trajectories, session.config.routing, measure=False)
     return await session.policy.score(sequences, routes=routes)
 
 
@@ -78,8 +78,3 @@ def engine_mismatch(trajectories: list[Trajectory]) -> tuple[dict[str, float], f
     sums = measured_difference(proximal, behavior, torch.ones(len(proximal), dtype=torch.bool))
     log_weights = [float((t.log_probs_of("proximal") - t.behavior_log_probs).sum()) for t in trajectories]
     return {name: float(value) for name, value in sums.items()}, float(np.std(log_weights))
-
-
-def _of_response(trajectory: Trajectory, scores: TokenScores) -> np.ndarray:
-    """[positions] -> [response tokens]: the last prompt token predicts the first of the response."""
-    return scores.log_probs[len(trajectory.prompt.token_ids) - 1 :].numpy()

@@ -1,7 +1,9 @@
 """Are the engine's routes what they should be? Once at the start of a run, and a few trajectories of each batch."""
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -10,7 +12,7 @@ from megatron_vespo.config import TrainConfig
 from megatron_vespo.errors import RunError
 from megatron_vespo.objective.diagnostics import difference_diagnostics
 from megatron_vespo.objective.metrics import measured_difference
-from megatron_vespo.orchestration.mini_batches import training_sequences
+from megatron_vespo.orchestration.mini_batches import response_log_probs, training_sequences
 from megatron_vespo.orchestration.policy_group import RecordedRoutes
 from megatron_vespo.orchestration.session import Session
 from megatron_vespo.policy.result import TokenScores
@@ -19,11 +21,12 @@ from megatron_vespo.rollout.trajectory import Group, Trajectory
 from megatron_vespo.rollout.trajectory_file import write_trajectories
 from megatron_vespo.routing.routes import Routes
 
-PROBE_TOKENS = 16
+PROBE_RESPONSES, PROBE_TOKENS = 8, 16
 LEAST_AGREEMENT_FP32 = 0.99
 """Of (position, layer): both compute in float32, and only near ties may fall out otherwise."""
 LEAST_AGREEMENT_OTHER = 0.8
 """In other precisions; wrong layers or shifted rows agree far less."""
+WITHOUT = "`routing.replay: off` with `routing.record: false` runs without the engine's routes"
 FOLDER = "routing"
 
 
@@ -32,7 +35,7 @@ class ProbeFailed(RunError):
 
 
 async def probe_engine_routes(session: Session) -> None:
-    """Ask for the routes of one response and compare them with the trainer's, which holds the same weights.
+    """Ask for the routes of a few responses to one prompt and compare them with the trainer's, which holds the same weights.
 
     Does nothing where no routes are recorded.
 
@@ -46,7 +49,7 @@ async def probe_engine_routes(session: Session) -> None:
     version = session.weights.weight_version
     assert version is not None
     generation = Generation(
-        samples=1,
+        samples=PROBE_RESPONSES,
         sampling=config.rollout.sampling,
         max_response_tokens=min(PROBE_TOKENS, config.rollout.max_response_tokens),
         deterministic=config.rollout.deterministic,
@@ -61,24 +64,24 @@ async def probe_engine_routes(session: Session) -> None:
     waiting = generate_group(session.sampler.client, session.held_out[0], generation)
     seconds = config.rollout.engine.request_timeout_seconds
     group = await session.sampler.supervisor.wait("probe the engine's routes", waiting, seconds)
-    routes = group.trajectories[0].engine_routes
-    assert routes is not None
-    if routes.masked:
+    routes = [t.engine_routes for t in group.trajectories if t.engine_routes is not None]
+    masked = sorted({reason for one in routes for reason in one.masked})
+    if masked:
         raise ProbeFailed(
-            f"routing probe: the engine's routes of one response cannot be used: {', '.join(routes.masked)}. Its log is "
-            "in the run's folder; `routing.replay: off` with `routing.record: false` runs without them"
+            f"routing probe: the engine's routes cannot be used: {', '.join(masked)}. Its log is in the run's folder; "
+            f"{WITHOUT}"
         )
-    _, (own,) = await session.policy.score_and_record(training_sequences(group.trajectories, "behavior"), version)
-    found = agreeing_share([routes], [own])
+    _, own = await session.policy.score_and_record(training_sequences(group.trajectories, "behavior"), version)
+    found, places = agreeing_share(routes, own), sum(one.experts[..., 0].size for one in routes)
     least = least_agreement(config)
     session.console.event(
-        f"routing probe: engine and trainer choose the same experts at {found:.2%} of {routes.experts[..., 0].size} "
+        f"routing probe: engine and trainer choose the same experts at {found:.2%} of {places} "
         f"(position, layer){'' if least else '; not judged: the engine routes with noise (router_noise)'}"
     )
     if found < least:
         raise ProbeFailed(
             f"routing probe: engine and trainer choose the same experts at {found:.1%} of (position, layer), expected at "
-            f"least {least:.0%}: layers or positions are not what they seem, or the two don't compute the same model"
+            f"least {least:.0%}: layers or positions are not what they seem, or the two don't compute the same model; {WITHOUT}"
         )
 
 
@@ -121,13 +124,11 @@ async def probe_batch(session: Session, groups: list[Group]) -> dict[str, float]
     version = session.progress.step
     native, own = await session.policy.score_and_record(sequences, version)
     replayed = await session.policy.score(sequences, routes=RecordedRoutes(routes))
-    folder = session.folder / FOLDER
-    folder.mkdir(exist_ok=True)
     kept = [
-        replace(t, proximal_routes=recorded, proximal_log_probs=_of_response(t, scores))
+        replace(t, proximal_routes=recorded, proximal_log_probs=response_log_probs(t, scores))
         for t, recorded, scores in zip(probed, own, native, strict=True)
     ]
-    write_trajectories(kept, folder)
+    keep(kept, session.folder / FOLDER)
     same = agreeing_share(list(routes.values()), [own[key] for key in routes])
     return {
         **_difference(probed, native, "routing_probe/native"),
@@ -136,14 +137,19 @@ async def probe_batch(session: Session, groups: list[Group]) -> dict[str, float]
     }
 
 
+def keep(trajectories: list[Trajectory], folder: Path) -> None:
+    """In place of those of the batch before, whole or not at all."""
+    beside = folder.with_name(f"{folder.name}.partial")
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir()
+    write_trajectories(trajectories, beside)
+    shutil.rmtree(folder, ignore_errors=True)
+    beside.rename(folder)
+
+
 def _difference(trajectories: list[Trajectory], scores: list[TokenScores], prefix: str) -> dict[str, float]:
-    trainer = np.concatenate([_of_response(t, one) for t, one in zip(trajectories, scores, strict=True)])
+    trainer = np.concatenate([response_log_probs(t, one) for t, one in zip(trajectories, scores, strict=True)])
     engine = np.concatenate([t.behavior_log_probs for t in trajectories])
     mask = torch.ones(len(trainer), dtype=torch.bool)
     sums = measured_difference(torch.from_numpy(trainer), torch.from_numpy(engine), mask)
     return difference_diagnostics({name: float(value) for name, value in sums.items()}, prefix)
-
-
-def _of_response(trajectory: Trajectory, scores: TokenScores) -> np.ndarray:
-    """[positions] -> [response tokens]: the last prompt token predicts the first of the response."""
-    return scores.log_probs[len(trajectory.prompt.token_ids) - 1 :].numpy()

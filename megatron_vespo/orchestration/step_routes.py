@@ -18,17 +18,22 @@ LAYER_FIGURES = ("same_set", "same_slots", "overlap", "margin", "largest_load", 
 """Of `routing.agreement.Agreement`, for each MoE layer of a step."""
 
 
-def step_routes(trajectories: Sequence[Trajectory], routing: RoutingConfig) -> RecordedRoutes | None:
+def step_routes(
+    trajectories: Sequence[Trajectory], routing: RoutingConfig, *, measure: bool = True
+) -> RecordedRoutes | None:
     """Of a step whose sequences have the keys 0 .. n - 1 in this order; None where nothing is recorded.
 
-    Without replay the trainer still gets the engine's routes if they are recorded, and compares.
+    Without replay the trainer still gets the engine's routes if they are recorded, and compares; `measure` False: it gets
+    only what it replays.
     """
+    if routing.replay == "off" and not measure:
+        return None
     source = "R2" if routing.replay == "R2" else "R3"
     found = {key: trajectory.routes_of(source) for key, trajectory in enumerate(trajectories)}
     recorded = {key: routes for key, routes in found.items() if routes is not None}
     if not recorded:
         return None
-    return RecordedRoutes(recorded, replay=routing.replay != "off", measure=True)
+    return RecordedRoutes(recorded, replay=routing.replay != "off", measure=measure)
 
 
 def routing_figures(trajectories: Sequence[Trajectory], report: StepResult, routing: RoutingConfig) -> dict[str, float]:

@@ -116,14 +116,17 @@ async def evaluate_policy(session: Session, when: str) -> None:
 
 
 async def sync_weights(session: Session) -> None:
-    """Bring the trainer's weights to the engine, as weight version `step`, unless it has them."""
-    step = session.progress.step
-    if session.weights.weight_version == step:
-        return
-    session.console.phase("syncing weights")
-    report = await session.weights.sync(weight_version=step)
+    """Bring the trainer's weights to the engine, as weight version `step`, unless it has them; probe a new engine."""
+    if session.weights.weight_version != session.progress.step:
+        await send_weights(session)
     if not session.engine_probed:
         await probe_engine_routes(session)
+
+
+async def send_weights(session: Session) -> None:
+    session.console.phase("syncing weights")
+    step = session.progress.step
+    report = await session.weights.sync(weight_version=step)
     session.record(
         "sync",
         step,

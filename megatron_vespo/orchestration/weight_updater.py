@@ -84,7 +84,10 @@ class WeightUpdater:
         await self._supervisor.wait("part trainer and engine", leaving, self._config.timeout_seconds)
 
     async def sync(self, weight_version: int) -> SyncReport:
-        """Send all weights as `weight_version`, empty the engine's prefix cache (`flush_cache`), and verify when it is due.
+        """Send all weights as `weight_version`, empty the engine's prefix cache, and verify when it is due.
+
+        With `flush_cache` off the cache is emptied once, at the first sync: before it the engine may have served another
+        run of a grid, whose weights have the same versions.
 
         Raises:
             RunFailed: a tensor on the engine is not the trainer's; the message names the first of them.
@@ -93,10 +96,9 @@ class WeightUpdater:
         started = clock()
         await self._supervisor.wait("send weights", self._send(weight_version), timeout)
         sent = clock()
-        if self._config.flush_cache:
+        if self._config.flush_cache or self.weight_version is None:
             await self._supervisor.wait("flush the engine's caches", self._client.flush_cache(), timeout)
-        elif self.cache_version is None:
-            self.cache_version = weight_version
+            self.cache_version = None if self._config.flush_cache else weight_version
         flushed = clock()
         due = self.syncs % self._config.verify_every == 0
         self.syncs += 1

@@ -28,11 +28,20 @@ SET_ELSEWHERE = {
     "enable-deterministic-inference": "rollout.deterministic",
     "context-length": "data.max_prompt_tokens and rollout.max_response_tokens",
     "device": "nothing: it is CUDA where there is CUDA",
-    "enable-return-routed-experts": "nothing: routes are asked for by what replays them",
+    "enable-return-routed-experts": "routing.replay and routing.record",
     "skip-tokenizer-init": "nothing: engines take and give tokens",
     "weight-version": "nothing: it is the optimizer step",
     "random-seed": "seed",
 }
+
+WITHOUT_ROUTES = {
+    "enable-hierarchical-cache": "cached tokens come back to other places, where the routes of other tokens stand",
+    "enable-lmcache": "cached tokens come from elsewhere, and their routes do not",
+    "enable-two-batch-overlap": "the second half of a batch writes its routes over those of the first",
+    "speculative-algorithm": "its room for routes is too small for the tokens that are verified at once",
+}
+"""Why routes cannot be recorded with these arguments of SGLang 0.5.23, which takes them all the same; a probe of one
+response does not show it."""
 
 
 def command_line_arguments(
@@ -50,7 +59,8 @@ def command_line_arguments(
     """Arguments of `sglang.launch_server`, but for host and port.
 
     Raises:
-        ConfigError: the cache cannot hold one sequence, or `extra_arguments` names what another setting decides.
+        ConfigError: the cache cannot hold one sequence, or `extra_arguments` names what another setting decides, or what
+            makes routes wrong that are asked for.
     """
     arguments: dict[str, Any] = {
         "model-path": model_path,
@@ -82,7 +92,10 @@ def command_line_arguments(
     if deterministic and device == "cpu":
         # A prompt cut in two attends in two blocks, with other rounding; where it is cut depends on what else came.
         arguments["chunked-prefill-size"] = -1
-    return as_options(arguments | extra_arguments(engine))
+    extra = extra_arguments(engine)
+    if return_routed_experts:
+        require_routes(extra)
+    return as_options(arguments | extra)
 
 
 def cpu_arguments(engine: EngineConfig) -> dict[str, Any]:
@@ -117,6 +130,21 @@ def extra_arguments(engine: EngineConfig) -> dict[str, Any]:
         if name in SET_ELSEWHERE:
             raise ConfigError(f"rollout.engine.extra_arguments: '{name}' is decided by {SET_ELSEWHERE[name]}")
     return extra
+
+
+def require_routes(extra: dict[str, Any]) -> None:
+    """Raises ConfigError for further arguments under which SGLang's routes are wrong, or end it in the middle of a run."""
+    if extra.get("chunked-prefill-size") == -1:
+        raise ConfigError(
+            "rollout.engine.extra_arguments: routes cannot be recorded with 'chunked-prefill-size': -1: SGLang's room for "
+            "them is as large as a chunk. Name a size"
+        )
+    for name, reason in WITHOUT_ROUTES.items():
+        if extra.get(name):
+            raise ConfigError(
+                f"rollout.engine.extra_arguments: routes cannot be recorded with '{name}': {reason}. Leave it out, or "
+                "record none (routing.replay: off or R2, routing.record: false)"
+            )
 
 
 def as_options(arguments: dict[str, Any]) -> list[str]:

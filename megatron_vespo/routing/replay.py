@@ -51,7 +51,8 @@ class LayerRoutes:
     Attributes:
         number: of the micro-batch in its pass.
         positions: the rows that the router will see.
-        experts: [positions, topk] recorded choice, or None: the router chooses by itself.
+        experts: [positions, topk] recorded choice on the device, while the micro-batch runs forward; or None: the router
+            chooses by itself.
         recorded: [positions] bool, which rows of `experts` to use.
         keep: remember the choice, for a recomputation or for whoever asked for a recording.
         chosen: [positions, topk] what the forward pass used, if `keep`.
@@ -138,13 +139,12 @@ class LayerReplay(RouterReplay):
         return torch.where(rows[:, None], recorded, own)
 
     def _compare(self, own: Tensor, routes: LayerRoutes, scores: Tensor) -> tuple[Tensor, Tensor]:
-        """Measure, if asked to. Returns the recorded experts and which rows they are recorded in, on the router's device."""
+        """Measure, if asked to. Returns the recorded experts and which rows they are recorded in."""
         assert routes.experts is not None and routes.recorded is not None
-        recorded = routes.experts.to(scores.device).long()
-        rows = routes.recorded.to(scores.device)
+        recorded = routes.experts.long()
         if self.sums is not None:
-            self.sums.add(recorded, own, rows, scores.detach())
-        return recorded, rows
+            self.sums.add(recorded, own, routes.recorded, scores.detach())
+        return recorded, routes.recorded
 
 
 class ReplayRouter(TopKRouter):
@@ -275,24 +275,26 @@ class RoutingPass:
         self._chunks = chunks
         self._routers = routers
         self._recomputed = recomputed
-        offsets = [sum(len(own) for own in routers[:chunk]) for chunk in range(len(routers))]
+        if routes is not None:
+            _require_fit(positions, routes)
+        self._recorded = routes
+        keep = recomputed or record
         self._routes = [
-            [
-                [
-                    _layer_routes(routes, number, own_positions, offset + place, recomputed or record)
-                    for number, own_positions in enumerate(positions)
-                ]
-                for place in range(len(own))
-            ]
-            for own, offset in zip(routers, offsets, strict=True)
+            [[LayerRoutes(number, own, keep=keep) for number, own in enumerate(positions)] for _ in of_chunk]
+            for of_chunk in routers
         ]
+        self._given: dict[int, int] = {}
+        """By chunk: the micro-batch whose recorded experts its routers have."""
         replays = routes is not None and replay
         self._forward = RouterReplayAction.REPLAY_FORWARD if replays else RouterReplayAction.RECORD
         self._idle = routes is None and not (recomputed or record)
 
     def begin_forward(self, chunk: torch.nn.Module, number: int) -> None:
         """Call before `chunk` runs forward on micro-batch `number`."""
-        self._switch(self._index(chunk), number, None if self._idle else self._forward)
+        index = self._index(chunk)
+        if self._recorded is not None and self._routers[index]:
+            self._give(index, number, self._recorded[number])
+        self._switch(index, number, None if self._idle else self._forward)
 
     def watch_backward(self, chunk: torch.nn.Module, number: int, output: Tensor) -> None:
         """Call with what `chunk` gave for that micro-batch: when its gradient arrives, its backward pass begins, and with
@@ -328,6 +330,21 @@ class RoutingPass:
                                 f"{action.value}, not {wanted}"
                             )
 
+    def _give(self, index: int, number: int, recorded: RouteSlice) -> None:
+        """Bring a micro-batch's recorded experts to the routers of a chunk, all layers at once: on CUDA each copy waits for
+        the device. Those of the micro-batch before it, which is through, are let go."""
+        device = next(self._chunks[index].parameters()).device
+        first = sum(len(routers) for routers in self._routers[:index])
+        # Copied in any case: what Ray hands out can't be written to, which PyTorch's tensors must.
+        experts = torch.tensor(recorded.experts[:, first : first + len(self._routers[index])], device=device)
+        rows = torch.tensor(recorded.recorded, device=device)
+        before = self._given.get(index)
+        for place, of_layer in enumerate(self._routes[index]):
+            if before is not None:
+                of_layer[before].experts = of_layer[before].recorded = None
+            of_layer[number].experts, of_layer[number].recorded = experts[:, place], rows
+        self._given[index] = number
+
     def _switch(self, index: int, number: int, action: RouterReplayAction | None) -> None:
         for replay, routes in zip(self._routers[index], self._routes[index], strict=True):
             replay.set(action, routes[number])
@@ -336,18 +353,12 @@ class RoutingPass:
         return next(index for index, one in enumerate(self._chunks) if one is chunk)
 
 
-def _layer_routes(
-    routes: Sequence[RouteSlice] | None, number: int, positions: OwnPositions, place: int, keep: bool
-) -> LayerRoutes:
-    if routes is None:
-        return LayerRoutes(number, positions, keep=keep)
-    own = routes[number]
-    if len(own.recorded) != positions.count:
-        raise ReplayError(
-            f"micro-batch {number}: this rank has {positions.count} positions of it, and routes of {len(own.recorded)}"
-        )
-    experts, recorded = torch.from_numpy(own.experts), torch.from_numpy(own.recorded)
-    return LayerRoutes(number, positions, experts[:, place], recorded, keep)
+def _require_fit(positions: Sequence[OwnPositions], routes: Sequence[RouteSlice]) -> None:
+    for number, (own, recorded) in enumerate(zip(positions, routes, strict=True)):
+        if len(recorded.recorded) != own.count:
+            raise ReplayError(
+                f"micro-batch {number}: this rank has {own.count} positions of it, and routes of {len(recorded.recorded)}"
+            )
 
 
 def _chosen(routes: LayerRoutes) -> Tensor:

@@ -4,6 +4,8 @@ loss, norm, gradients, weights and agreement are those of one process.
 That one process is right is test_replay_equals_forced_routing.py's (against transformers).
 """
 
+from dataclasses import replace
+
 import pytest
 
 from megatron_vespo.parity.case import build_case
@@ -55,6 +57,14 @@ def test_layout(checks, layout):
 def test_layout_with_dense_layers_in_between(checks, model, layout):
     (finding,) = checks(model).findings([parse_layout(layout)])
     assert finding.verdict == "equal", finding.as_json()
+
+
+def test_bfloat16_replays_them_too(ranks, tmp_path):
+    """Its numbers differ from one process's by more than is compared elsewhere; its routes do not."""
+    case = replace(build_case(tmp_path / "bf16"), dtype="bfloat16").with_routes()
+    (finding,) = ParityCheck(ranks, case).findings([parse_layout("pp=2,recompute=full")])
+    assert finding.error is None
+    assert finding.comparison.not_replayed == 0
 
 
 def test_a_recorded_route_that_was_not_used_is_found(checks, monkeypatch):

@@ -126,6 +126,10 @@ def test_what_cannot_work_is_refused_before_anything_starts(tiny_qwen3_moe, tmp_
     refused("rollout.engine.max_total_tokens is 100", engine=EngineConfig(max_total_tokens=100))
     refused("'host' is decided by", engine=EngineConfig(extra_arguments={"host": "0.0.0.0"}))
     refused("'mem-fraction-static' is decided by", engine=EngineConfig(extra_arguments={"mem_fraction_static": 0.5}))
+    for name in ("enable-hierarchical-cache", "speculative_algorithm"):
+        engine = EngineConfig(extra_arguments={name: True})
+        refused(f"cannot be recorded with '{name.replace('_', '-')}'", engine=engine, return_routed_experts=True)
+        tiny_server(tiny_qwen3_moe, tmp_path / "engine.log", engine=engine)
     refused("max_position_embeddings", max_sequence_tokens=MAX_SEQUENCE_TOKENS + 1)
     assert json.loads((tiny_qwen3_moe / "config.json").read_text())["max_position_embeddings"] == MAX_SEQUENCE_TOKENS
 
