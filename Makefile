@@ -4,10 +4,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: quickstart compare test test-all check format clean
+.PHONY: quickstart quickstart-async compare test test-all check format clean
 
 quickstart: $(STAMP)
 	$(BIN)/megatron-vespo train examples/quickstart.yaml
+
+# The same task with sampling and training side by side.
+quickstart-async: $(STAMP)
+	$(BIN)/megatron-vespo train examples/quickstart_async.yaml
 
 # VESPO and GRPO at staleness 64, three seeds each; goes on where it was stopped.
 compare: $(STAMP)

@@ -80,6 +80,9 @@ class AsynchronousConfig(Section):
                 "could never be taken",
             )
 
+    mismatch_every: PositiveInt = 10
+    """Compare engine and trainer at equal weights after each so-many-th update, on a few responses sampled for it."""
+
     @property
     def bound(self) -> int:
         """S."""

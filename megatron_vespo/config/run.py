@@ -78,7 +78,13 @@ class TrainConfig(Section):
                 f"a step has {trajectories} trajectories (prompts_per_step * rollout.group_size) but there are "
                 f"{ranks} data-parallel ranks: each needs at least one",
             )
-        if self.checkpoint.save_every > 0 and self.algorithm.asynchronous is not None:
+        asynchronous = self.algorithm.asynchronous
+        if asynchronous is not None and asynchronous.update == "in_place" and self.weight_sync.flush_cache:
+            yield (
+                "weight_sync.flush_cache",
+                "asynchronous.update: in_place keeps the cache of what is being sampled: set it to false",
+            )
+        if self.checkpoint.save_every > 0 and asynchronous is not None:
             yield "checkpoint.save_every", "asynchronous runs cannot go on from a checkpoint yet: set it to 0"
         if self.checkpoint.save_every > 0 and self.policy.optimizer_cpu_offload > 0:
             yield "checkpoint.save_every", "not together with policy.optimizer_cpu_offload: set one of them to 0"

@@ -110,10 +110,10 @@ def _tiles(run: RunFolder) -> list[tuple[str, str, str]]:
     summary, rollouts, steps, syncs = run.summary, run.kind("rollout"), run.kind("step"), run.kind("sync")
     done = summary.get("steps", max((row["step"] for row in steps), default=0))
     planned = run.setting("algorithm.steps", run.setting("steps"))
-    staleness = summary.get("staleness", run.setting("algorithm.staleness"))
+    oldest = summary.get("max_staleness_seen", summary.get("max_staleness"))
     notes = [f"of {planned:,}"] if planned and planned != done else []
-    if staleness is not None:
-        notes.append(f"on data at most {staleness - 1} steps old")
+    if oldest is not None:
+        notes.append(f"on data at most {oldest} steps old")
     tiles = [("Optimizer steps", f"{done:,}", ", ".join(notes))]
     if "wall_seconds" in summary:
         tiles.append(("Wall time", _duration(summary["wall_seconds"]), "start-up and evaluation included"))
@@ -199,7 +199,8 @@ def _commands(run: RunFolder) -> list[tuple[str, str]]:
             )
         )
     staleness, steps = run.setting("algorithm.staleness"), run.setting("algorithm.steps")
-    if staleness and steps and run.setting("algorithm.prompts_per_rollout_batch") is None:
+    fixed = run.setting("algorithm.prompts_per_rollout_batch") or run.setting("algorithm.asynchronous")
+    if staleness and steps and not fixed:
         older = 4 * staleness
         overrides = f"algorithm.staleness={older} algorithm.steps={-(-steps // older) * older} {quote(f'run_dir={run.path}-n{older}')}"
         commands.append(

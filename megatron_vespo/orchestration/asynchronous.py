@@ -5,6 +5,7 @@ import time
 from megatron_vespo.orchestration.busy_time import BusyTime, seconds_of_both
 from megatron_vespo.orchestration.exports import Exports
 from megatron_vespo.orchestration.generator import Generator
+from megatron_vespo.orchestration.mismatch_probe import measure_mismatch
 from megatron_vespo.orchestration.rollouts import prepare_groups
 from megatron_vespo.orchestration.session import Session
 from megatron_vespo.orchestration.steps import evaluate_policy, sync_weights, train_step
@@ -12,6 +13,7 @@ from megatron_vespo.orchestration.steps import evaluate_policy, sync_weights, tr
 
 async def train(session: Session) -> None:
     algorithm, progress = session.config.algorithm, session.progress
+    assert algorithm.asynchronous is not None
     exports, training, started = Exports(session), BusyTime(), time.monotonic()
     await evaluate_policy(session, "before")
     generator = Generator(session)
@@ -28,6 +30,8 @@ async def train(session: Session) -> None:
             if progress.step % algorithm.sync_every == 0 and progress.step < algorithm.steps:
                 async with generator.held():
                     await sync_weights(session)
+                if session.weights.syncs % algorithm.asynchronous.mismatch_every == 0:
+                    await measure_mismatch(session)
             if session.evaluation_due():
                 await evaluate_held_out(session, generator)
             await exports.after_step()

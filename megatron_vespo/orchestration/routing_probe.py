@@ -15,6 +15,7 @@ from megatron_vespo.objective.metrics import measured_difference
 from megatron_vespo.orchestration.mini_batches import response_log_probs, training_sequences
 from megatron_vespo.orchestration.policy_group import RecordedRoutes
 from megatron_vespo.orchestration.session import Session
+from megatron_vespo.orchestration.supervision import all_of
 from megatron_vespo.policy.result import TokenScores
 from megatron_vespo.rollout.generate import Generation, generate_group
 from megatron_vespo.rollout.trajectory import Group, Trajectory
@@ -46,24 +47,9 @@ async def probe_engine_routes(session: Session) -> None:
     session.engine_probed = True
     if shape is None:
         return
-    version = session.weights.weight_version
-    assert version is not None
-    generation = Generation(
-        samples=PROBE_RESPONSES,
-        sampling=config.rollout.sampling,
-        max_response_tokens=min(PROBE_TOKENS, config.rollout.max_response_tokens),
-        deterministic=config.rollout.deterministic,
-        concurrent_groups=1,
-        stop_token_ids=tuple(session.sampler.tokenizer.stop_token_ids),
-        vocab_size=session.sampler.vocab_size,
-        run_seed=config.seed,
-        stream="routing probe",
-        weight_version=version,
-        routes=shape,
-    )
-    waiting = generate_group(session.sampler.client, session.held_out[0], generation)
-    seconds = config.rollout.engine.request_timeout_seconds
-    group = await session.sampler.supervisor.wait("probe the engine's routes", waiting, seconds)
+    tokens = min(PROBE_TOKENS, config.rollout.max_response_tokens)
+    (group,) = await sample_probe(session, "routing probe", 1, PROBE_RESPONSES, tokens)
+    version = group.trajectories[0].oldest_weight_version
     routes = [t.engine_routes for t in group.trajectories if t.engine_routes is not None]
     masked = sorted({reason for one in routes for reason in one.masked})
     if masked:
@@ -83,6 +69,29 @@ async def probe_engine_routes(session: Session) -> None:
             f"routing probe: engine and trainer choose the same experts at {found:.1%} of (position, layer), expected at "
             f"least {least:.0%}: layers or positions are not what they seem, or the two don't compute the same model; {WITHOUT}"
         )
+
+
+async def sample_probe(session: Session, stream: str, prompts: int, samples: int, max_tokens: int) -> list[Group]:
+    """Responses to the first held-out prompts, under exactly the weights that the engine holds; not graded."""
+    config, version = session.config, session.weights.weight_version
+    assert version is not None
+    generation = Generation(
+        samples=samples,
+        sampling=config.rollout.sampling,
+        max_response_tokens=max_tokens,
+        deterministic=config.rollout.deterministic,
+        concurrent_groups=prompts,
+        stop_token_ids=tuple(session.sampler.tokenizer.stop_token_ids),
+        vocab_size=session.sampler.vocab_size,
+        run_seed=config.seed,
+        stream=stream,
+        weight_version=version,
+        cache_version=session.weights.cache_version,
+        routes=session.routing_shape,
+    )
+    client, seconds = session.sampler.client, config.rollout.engine.request_timeout_seconds
+    waiting = all_of(*[generate_group(client, prompt, generation) for prompt in session.held_out[:prompts]])
+    return await session.sampler.supervisor.wait(f"sample the {stream}", waiting, seconds)
 
 
 def least_agreement(config: TrainConfig) -> float:

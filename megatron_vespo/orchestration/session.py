@@ -42,8 +42,11 @@ class Tally:
         self.steps += 1
         self.trained_tokens += trained_tokens
         if equal_version_sums is not None:
-            self.mismatch_sum += equal_version_sums["abs_difference"]
-            self.mismatch_tokens += equal_version_sums["tokens"]
+            self.add_mismatch(equal_version_sums)
+
+    def add_mismatch(self, equal_version_sums: dict[str, float]) -> None:
+        self.mismatch_sum += equal_version_sums["abs_difference"]
+        self.mismatch_tokens += equal_version_sums["tokens"]
 
     @property
     def mean_abs_logprob_diff(self) -> float | None:

@@ -50,6 +50,16 @@ def rollout_row(batch: int) -> dict:
     }
 
 
+def asynchronous_row() -> dict:
+    """What an asynchronous run's rows of kind rollout have beside those of batches."""
+    return {"response/segments_mean": 1.2, "buffer/complete": 3, "buffer/running": 12, "time/wait": 0.1}
+
+
+def mismatch_row() -> dict:
+    names = ("mean_abs", "k1", "k3", "share_above_ln2")
+    return {**{f"mismatch/{name}": 0.0 for name in names}, "alarm/mismatch": False}
+
+
 def step_row(batch: int, age: int) -> dict:
     quantiles = dict(zip(("min", "p01", "p10", "p25", "p50", "p75", "p90", "p99", "max"), range(-4, 5), strict=True))
     difference = {"mean_abs": 1e-6 if age == 0 else 0.01 * age, "k1": 1e-7, "k3": 1e-12, "share_above_ln2": 0.0}
@@ -57,6 +67,7 @@ def step_row(batch: int, age: int) -> dict:
         "batch": batch,
         "mini_batch": age,
         "staleness": age,
+        "staleness/mean": float(age),
         "loss": -0.01,
         "grad_norm": 0.5,
         "packing/micro_batches": 1,

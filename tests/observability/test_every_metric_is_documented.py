@@ -4,9 +4,11 @@ from pathlib import Path
 from typing import get_args
 
 from small_run import (
+    asynchronous_row,
     checkpoint_row,
     evaluation_row,
     layers_of_step,
+    mismatch_row,
     rollout_row,
     routes_of_rollout,
     routes_of_step,
@@ -32,7 +34,8 @@ def documented() -> dict[str, set[str]]:
 
 def test_every_metric_of_a_row_is_documented_and_nothing_else():
     assert documented() == {
-        "rollout": set(rollout_row(0)) | set(routes_of_rollout(0)),
+        "rollout": set(rollout_row(0)) | set(routes_of_rollout(0)) | set(asynchronous_row()),
+        "mismatch": set(mismatch_row()),
         "step": set(step_row(0, 0)) | set(step_row(0, 1)) | set(routes_of_step(0)),
         "sync": set(sync_row(0)),
         "evaluation": set(evaluation_row("before", 0.5)),

@@ -18,7 +18,7 @@ STEPS, SYNC_EVERY, BOUND = 24, 2, 5
 SETTINGS = (
     *SHORT,
     f"algorithm.steps={STEPS}",
-    f"algorithm.asynchronous={{sync_every: {SYNC_EVERY}, max_staleness: {BOUND}}}",
+    f"algorithm.asynchronous={{sync_every: {SYNC_EVERY}, max_staleness: {BOUND}, mismatch_every: 4}}",
     "routing.replay=R3",
     "checkpoint.save_every=0",
     "evaluation.every_steps=9",
@@ -94,6 +94,14 @@ def test_each_position_has_the_route_of_the_segment_that_sampled_its_token(run):
         prompt = np.full(len(t.prompt.token_ids) - 1, t.segments[0].weight_version)
         assert t.engine_routes.recorded.all()
         assert t.engine_routes.weight_versions.tolist() == [*prompt, *of_token]
+
+
+def test_engine_and_trainer_are_compared_at_equal_weights(run):
+    measured = rows(run[0], "mismatch")
+    assert len(measured) >= 2
+    for row in measured:
+        assert 0 < row["mismatch/mean_abs"] < 1e-5 and row["routing_probe/same_set"] == 1
+    assert 0 < summary_of(run[0])["mean_abs_logprob_diff"] < 1e-5
 
 
 def test_both_are_at_work_at_once(run):
