@@ -31,6 +31,7 @@ class Generator:
         self._filter = algorithm.advantage.zero_variance_groups == "filter"
         self._running: dict[int, asyncio.Task[None]] = {}
         self._failure: BaseException | None = None
+        self._holding = False
         self._changed = asyncio.Event()
         self.ledger = Ledger(Bound(algorithm.max_staleness, algorithm.prompts_per_step), session.progress.step)
         self.complete: dict[int, Group] = {}
@@ -40,6 +41,8 @@ class Generator:
 
     def start(self) -> None:
         """As many groups as admission, the engine's settings and the rest of the run allow."""
+        if self._holding:  # what starts now would count as sampled under the weights that are on their way out
+            return
         version = self._session.weights.weight_version
         assert version is not None
         used = self.ledger.step * self._session.config.algorithm.prompts_per_step
@@ -62,6 +65,8 @@ class Generator:
             RunFailed: a group could not be sampled or graded, or none came in time.
         """
         supervisor, timeout = self._session.sampler.supervisor, self._session.config.rollout.engine
+        if self._failure is not None:
+            raise self._failure
         while (chosen := self.ledger.choose(self.complete)) is None:
             self._changed.clear()
             missing = len(self.ledger.waited_for(self.complete))
@@ -79,6 +84,7 @@ class Generator:
         asynchronous = session.config.algorithm.asynchronous
         assert asynchronous is not None
         client, tally = session.sampler.client, session.tally
+        self._holding = True
         if asynchronous.update == "in_place":
             running = client.gate.passing
             await client.pause_generation("in_place")
@@ -88,9 +94,15 @@ class Generator:
                 await client.continue_generation()
         else:
             abort = client.abort_all if asynchronous.update == "abort" else None
-            async with client.gate.closed(abort) as running:
+            seconds = session.config.rollout.engine.request_timeout_seconds
+            closing = client.gate.close(abort)
+            running = await session.sampler.supervisor.wait("end or finish what is being sampled", closing, seconds)
+            try:
                 yield
+            finally:
+                client.gate.open()
             running = running if abort is not None else 0
+        self._holding = False
         tally.updates_mid_generation += running > 0
         self.start()
 

@@ -36,23 +36,22 @@ class Gate:
             self._passing -= 1
             self._left.set()
 
-    @asynccontextmanager
-    async def closed(self, end_running: Callable[[], Awaitable[None]] | None) -> AsyncIterator[int]:
-        """Inside, no request runs. Gives how many ran before.
+    async def close(self, end_running: Callable[[], Awaitable[None]] | None) -> int:
+        """New requests wait from now on; returns when none runs. Gives how many ran before.
 
         Args:
             end_running: asks the engine to end what runs, again and again until nothing does; None: it is waited for.
         """
         self._open.clear()
         running = self._passing
-        try:
-            while self._passing:
-                self._left.clear()
-                if end_running is not None:
-                    await end_running()
-                    await asyncio.sleep(POLL_SECONDS)
-                elif self._passing:
-                    await self._left.wait()
-            yield running
-        finally:
-            self._open.set()
+        while self._passing:
+            self._left.clear()
+            if end_running is not None:
+                await end_running()
+                await asyncio.sleep(POLL_SECONDS)
+            else:
+                await self._left.wait()
+        return running
+
+    def open(self) -> None:
+        self._open.set()
