@@ -84,8 +84,6 @@ class TrainConfig(Section):
                 "weight_sync.flush_cache",
                 "asynchronous.update: in_place keeps the cache of what is being sampled: set it to false",
             )
-        if self.checkpoint.save_every > 0 and asynchronous is not None:
-            yield "checkpoint.save_every", "asynchronous runs cannot go on from a checkpoint yet: set it to 0"
         if self.checkpoint.save_every > 0 and self.policy.optimizer_cpu_offload > 0:
             yield "checkpoint.save_every", "not together with policy.optimizer_cpu_offload: set one of them to 0"
         if self.policy.reference is not None and self.model.initialization == "random":

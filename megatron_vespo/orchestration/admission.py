@@ -66,6 +66,13 @@ class Ledger:
         self.deadlines[number] = weight_version + self.bound.max_staleness
         return number
 
+    def restore(self, weight_version: int) -> int:
+        """A group of the run that this one goes on with, whose oldest token was sampled under `weight_version`."""
+        number = self.started
+        self.started += 1
+        self.deadlines[number] = weight_version + self.bound.max_staleness
+        return number
+
     def leave_out(self, number: int) -> None:
         """A group that will not be used: without variance, or a failure. What it held is free again."""
         del self.deadlines[number]

@@ -3,6 +3,7 @@
 import time
 
 from megatron_vespo.orchestration.busy_time import BusyTime, seconds_of_both
+from megatron_vespo.orchestration.checkpoints import Checkpoints
 from megatron_vespo.orchestration.exports import Exports
 from megatron_vespo.orchestration.generator import Generator
 from megatron_vespo.orchestration.mismatch_probe import measure_mismatch
@@ -14,8 +15,11 @@ from megatron_vespo.orchestration.steps import evaluate_policy, sync_weights, tr
 async def train(session: Session) -> None:
     algorithm, progress = session.config.algorithm, session.progress
     assert algorithm.asynchronous is not None
-    exports, training, started = Exports(session), BusyTime(), time.monotonic()
-    await evaluate_policy(session, "before")
+    checkpoints, exports = Checkpoints(session), Exports(session)
+    training, started = BusyTime(), time.monotonic()
+    if progress.step == 0:
+        await evaluate_policy(session, "before")
+    await sync_weights(session)
     generator = Generator(session)
     generator.start()
     try:
@@ -34,6 +38,8 @@ async def train(session: Session) -> None:
                     await measure_mismatch(session)
             if session.evaluation_due():
                 await evaluate_held_out(session, generator)
+            generator.note_progress()
+            await checkpoints.after_step()
             await exports.after_step()
     finally:
         await generator.stop()
@@ -42,6 +48,7 @@ async def train(session: Session) -> None:
     session.tally.trajectories_left = sum(len(group.trajectories) for group in generator.complete.values())
 
     await evaluate_policy(session, "after")
+    await checkpoints.settle(wait=True)
     await exports.settle(wait=True)
     await session.export_checkpoint()
 

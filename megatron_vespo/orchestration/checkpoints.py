@@ -175,7 +175,8 @@ def progress_of(session: Session) -> dict[str, Any]:
     return {
         "step": session.progress.step,
         "mini_batches": [len(mini_batch) for mini_batch in session.progress.mini_batches],
-        "prompts": session.prompts.state_dict(),
+        "prompts": session.progress.prompts or session.prompts.state_dict(),
+        "drawn": session.progress.drawn,
         "tally": asdict(session.tally),
         "weights": {
             "version": session.weights.weight_version,

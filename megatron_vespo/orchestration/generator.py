@@ -9,6 +9,7 @@ import numpy as np
 
 from megatron_vespo.orchestration.admission import Bound, Ledger
 from megatron_vespo.orchestration.busy_time import BusyTime
+from megatron_vespo.orchestration.drawn_prompts import DrawnPrompts
 from megatron_vespo.orchestration.mini_batches import settle_truncated
 from megatron_vespo.orchestration.session import Session
 from megatron_vespo.rollout.generate import Generation, generate_group
@@ -35,7 +36,11 @@ class Generator:
         self._changed = asyncio.Event()
         self.ledger = Ledger(Bound(algorithm.max_staleness, algorithm.prompts_per_step), session.progress.step)
         self.complete: dict[int, Group] = {}
+        for trajectories in session.progress.mini_batches:  # of the run that this one goes on with
+            oldest = min(trajectory.oldest_weight_version for trajectory in trajectories)
+            self.complete[self.ledger.restore(oldest)] = Group(trajectories[0].prompt, trajectories)
         self.busy = BusyTime()
+        self._drawn = DrawnPrompts(session.prompts, session.progress.drawn)
         self._tokens = 0
         self._since = time.monotonic()
 
@@ -51,9 +56,9 @@ class Generator:
             self._session.config.rollout.concurrent_groups - len(self._running),
             self._needed - used - len(self.ledger.deadlines),
         )
-        for prompt in self._session.prompts.take(max(0, room)):
+        for _ in range(room):
             number = self.ledger.start(version)
-            task = asyncio.create_task(self._sample(number, prompt))
+            task = asyncio.create_task(self._sample(number, self._drawn.take(number)))
             self._running[number] = task
             task.add_done_callback(lambda done, number=number: self._ended(number, done))
         self.busy.set(bool(self._running), time.monotonic())
@@ -105,6 +110,12 @@ class Generator:
         self._holding = False
         tally.updates_mid_generation += running > 0
         self.start()
+
+    def note_progress(self) -> None:
+        """Put what a checkpoint needs into the session's progress: what is complete, and which prompts are not."""
+        progress = self._session.progress
+        progress.mini_batches = [group.trajectories for group in self.complete.values()]
+        progress.prompts, progress.drawn = self._drawn.state(self._running)
 
     @property
     def running(self) -> int:

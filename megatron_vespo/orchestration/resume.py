@@ -149,6 +149,7 @@ async def restore(session: Session, checkpoint: Path) -> None:
     session.progress.step = saved["step"]
     session.progress.mini_batches = [list(islice(trajectories, count)) for count in saved["mini_batches"]]
     session.prompts.load_state_dict(saved["prompts"])
+    session.progress.drawn = saved["drawn"]
     session.tally = Tally(**saved["tally"])
     session.elapsed_before = saved["elapsed_seconds"]
     if saved["weights"]["version"] == saved["step"]:

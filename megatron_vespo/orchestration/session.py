@@ -3,6 +3,7 @@
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from megatron_vespo.config import TrainConfig
 from megatron_vespo.data.prompts import PromptStream
@@ -61,7 +62,11 @@ class Progress:
     step: int = 0
     """Optimizer steps done."""
     mini_batches: list[list[Trajectory]] = field(default_factory=list)
-    """Of the current rollout batch, those that are not yet trained on."""
+    """Of the current rollout batch, those that are not yet trained on. Asynchronous: the complete groups."""
+    prompts: dict[str, Any] | None = None
+    """Asynchronous: where the prompt stream was before the oldest prompt that is still being sampled."""
+    drawn: list[str] = field(default_factory=list)
+    """Asynchronous: prompts behind that place that are not to be sampled again."""
 
 
 @dataclass
