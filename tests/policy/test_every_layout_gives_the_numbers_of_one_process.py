@@ -25,6 +25,7 @@ EACH_TIME = {
     "cp=2",
     "cp=2,ep=2,recompute=full",
     "cp=2,ep=2,recompute=selective",
+    "pp=2,vpp=2,ep=2,recompute=moe",
     "tp=2,ep=2,dp=2",
     "etp=2,ep=2",
     "tp=2,etp=2,ep=2,dp=2,recompute=full",
