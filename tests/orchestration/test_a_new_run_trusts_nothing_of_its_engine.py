@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from megatron_vespo.config import WeightSyncConfig
-from megatron_vespo.orchestration import synchronous
+from megatron_vespo.orchestration import steps
 from megatron_vespo.orchestration.weight_updater import WeightUpdater
 
 
@@ -66,11 +66,11 @@ def test_a_new_engine_is_probed_once_before_it_samples_also_if_a_resume_brought_
         session.weights.weight_version = session.progress.step
         sent.append(session.progress.step)
 
-    monkeypatch.setattr(synchronous, "probe_engine_routes", probe)
-    monkeypatch.setattr(synchronous, "send_weights", send)
+    monkeypatch.setattr(steps, "probe_engine_routes", probe)
+    monkeypatch.setattr(steps, "send_weights", send)
     weights, progress = SimpleNamespace(weight_version=engine_has), SimpleNamespace(step=8)
     session = SimpleNamespace(weights=weights, progress=progress, engine_probed=False)
     for _ in range(2):
-        asyncio.run(synchronous.sync_weights(session))  # type: ignore[arg-type]
+        asyncio.run(steps.sync_weights(session))  # type: ignore[arg-type]
     assert probed == [8]
     assert sent == ([] if engine_has == 8 else [8])
