@@ -4,11 +4,10 @@ from collections import Counter
 
 from megatron_vespo.observability.charts import percent
 from megatron_vespo.observability.run_folder import RunFolder, column, mean
+from megatron_vespo.routing.routes import least_agreement
 
 OUTCOMES = ("exception", "timeout", "crash", "not_finite")
 MOST_MISSING_ROUTES = 0.05
-LEAST_AGREEMENT_FP32, LEAST_AGREEMENT_OTHER = 0.99, 0.8
-"""Share of positions with the same experts at equal weights: in float32 on both sides, in other precisions."""
 LEAST_K3 = 1e-9
 """Below it a mismatch is float32's rounding, which no replay repairs."""
 
@@ -91,12 +90,9 @@ def masked_positions(run: RunFolder) -> Counter[str]:
 
 
 def _least_agreement(run: RunFolder) -> float:
-    """0 where the engine is wrong on purpose."""
-    if run.setting("rollout.engine.router_noise") is not None:
-        return 0.0
     trainer = run.setting("model.dtype")
-    both = {trainer, run.setting("rollout.engine.dtype") or trainer}
-    return LEAST_AGREEMENT_FP32 if both == {"float32"} else LEAST_AGREEMENT_OTHER
+    noisy = run.setting("rollout.engine.router_noise") is not None
+    return least_agreement(trainer, run.setting("rollout.engine.dtype") or trainer, noisy)
 
 
 def _rewards(run: RunFolder) -> list[str]:

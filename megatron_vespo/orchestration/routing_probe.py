@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from megatron_vespo.config import TrainConfig
 from megatron_vespo.errors import RunError
 from megatron_vespo.objective.diagnostics import difference_diagnostics
 from megatron_vespo.objective.metrics import measured_difference
@@ -20,13 +19,9 @@ from megatron_vespo.policy.result import TokenScores
 from megatron_vespo.rollout.generate import Generation, generate_group
 from megatron_vespo.rollout.trajectory import Group, Trajectory
 from megatron_vespo.rollout.trajectory_file import write_trajectories
-from megatron_vespo.routing.routes import Routes
+from megatron_vespo.routing.routes import Routes, least_agreement
 
 PROBE_RESPONSES, PROBE_TOKENS = 8, 16
-LEAST_AGREEMENT_FP32 = 0.99
-"""Of (position, layer): both compute in float32, and only near ties may fall out otherwise."""
-LEAST_AGREEMENT_OTHER = 0.8
-"""In other precisions; wrong layers or shifted rows agree far less."""
 WITHOUT = "`routing.replay: off` with `routing.record: false` runs without the engine's routes"
 FOLDER = "routing"
 
@@ -59,7 +54,8 @@ async def probe_engine_routes(session: Session) -> None:
         )
     _, own = await session.policy.score_and_record(training_sequences(group.trajectories, "behavior"), version)
     found, places = agreeing_share(routes, own), sum(one.experts[..., 0].size for one in routes)
-    least = least_agreement(config)
+    engine, trainer_dtype = config.rollout.engine, config.model.dtype
+    least = least_agreement(trainer_dtype, engine.dtype or trainer_dtype, engine.router_noise is not None)
     session.console.event(
         f"routing probe: engine and trainer choose the same experts at {found:.2%} of {places} "
         f"(position, layer){'' if least else '; not judged: the engine routes with noise (router_noise)'}"
@@ -92,14 +88,6 @@ async def sample_probe(session: Session, stream: str, prompts: int, samples: int
     client, seconds = session.sampler.client, config.rollout.engine.request_timeout_seconds
     waiting = all_of(*[generate_group(client, prompt, generation) for prompt in session.held_out[:prompts]])
     return await session.sampler.supervisor.wait(f"sample the {stream}", waiting, seconds)
-
-
-def least_agreement(config: TrainConfig) -> float:
-    """Below which the probe fails; 0 where the engine is wrong on purpose."""
-    if config.rollout.engine.router_noise is not None:
-        return 0.0
-    both = {config.model.dtype, config.rollout.engine.dtype or config.model.dtype}
-    return LEAST_AGREEMENT_FP32 if both == {"float32"} else LEAST_AGREEMENT_OTHER
 
 
 def agreeing_share(ones: Sequence[Routes], others: Sequence[Routes]) -> float:

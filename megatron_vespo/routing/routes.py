@@ -10,6 +10,20 @@ from numpy.typing import NDArray
 Experts = NDArray[np.uint8 | np.uint16]
 
 
+LEAST_AGREEMENT_FP32 = 0.99
+"""Share of (position, layer) at which two that compute the same weights in float32 must choose the same experts: only
+near ties may fall out otherwise."""
+LEAST_AGREEMENT_OTHER = 0.8
+"""In other precisions; wrong layers or shifted rows agree far less."""
+
+
+def least_agreement(trainer_dtype: str, engine_dtype: str, noisy_router: bool) -> float:
+    """Below which engine and trainer cannot be what they seem; 0 where the engine is wrong on purpose."""
+    if noisy_router:
+        return 0.0
+    return LEAST_AGREEMENT_FP32 if trainer_dtype == engine_dtype == "float32" else LEAST_AGREEMENT_OTHER
+
+
 def expert_dtype(num_experts: int) -> type[np.uint8] | type[np.uint16]:
     """The smallest that holds every expert's number.
 
