@@ -47,7 +47,7 @@ from megatron_vespo.routing.routes import Routes
 from megatron_vespo.routing.slices import RouteSlice, StepRoutes, assemble_routes, slice_routes
 
 CONFIG = "examples/quickstart.yaml"
-SCALES = (0.03, 0.05, 0.1, 0.3)
+SCALES = (0.025, 0.05, 0.1, 0.3)
 """Of the noise, in logits."""
 PROMPTS, SAMPLES, SEQUENCES_AT_ONCE = 32, 8, 64
 
