@@ -15,12 +15,13 @@ from megatron_vespo.orchestration.steps import evaluate_policy, sync_weights, tr
 async def train(session: Session) -> None:
     algorithm, progress = session.config.algorithm, session.progress
     assert algorithm.asynchronous is not None
-    checkpoints, exports = Checkpoints(session), Exports(session)
+    exports = Exports(session)
     training, started = BusyTime(), time.monotonic()
     if progress.step == 0:
         await evaluate_policy(session, "before")
     await sync_weights(session)
     generator = Generator(session)
+    checkpoints = Checkpoints(session, generator.note_progress)
     generator.start()
     try:
         while progress.step < algorithm.steps:
@@ -38,7 +39,6 @@ async def train(session: Session) -> None:
                     await measure_mismatch(session)
             if session.evaluation_due():
                 await evaluate_held_out(session, generator)
-            generator.note_progress()
             await checkpoints.after_step()
             await exports.after_step()
     finally:

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -35,8 +36,10 @@ class Pending:
 
 
 class Checkpoints:
-    def __init__(self, session: Session) -> None:
+    def __init__(self, session: Session, note_progress: Callable[[], None] = lambda: None) -> None:
+        """`note_progress` brings `session.progress` up to date; called at the moment that is saved."""
         self._session = session
+        self._note_progress = note_progress
         self._config = session.config.checkpoint
         self._folder = session.folder / FOLDER
         self._pending: Pending | None = None
@@ -57,6 +60,8 @@ class Checkpoints:
         session.console.phase("copying the state")
         folder = self._folder / f"{name_of(step)}{PARTIAL}"
         folder.mkdir(parents=True)
+        # From here to the copy of the driver's state nothing is awaited, so all of it is of one moment.
+        self._note_progress()
         left = session.progress.mini_batches
         write_trajectories([trajectory for mini_batch in left for trajectory in mini_batch], folder)
         (folder / PROGRESS_FILE).write_text(json.dumps(progress_of(session), indent=1) + "\n")

@@ -70,9 +70,7 @@ class Generator:
             RunFailed: a group could not be sampled or graded, or none came in time.
         """
         supervisor, timeout = self._session.sampler.supervisor, self._session.config.rollout.engine
-        if self._failure is not None:
-            raise self._failure
-        while (chosen := self.ledger.choose(self.complete)) is None:
+        while self._failure is not None or (chosen := self.ledger.choose(self.complete)) is None:
             self._changed.clear()
             missing = len(self.ledger.waited_for(self.complete))
             what = f"wait for {missing} of {len(self._running)} groups that are being sampled"
@@ -173,7 +171,12 @@ class Generator:
         if not task.cancelled():
             self._failure = self._failure or task.exception()
             if self._failure is None:
-                self.start()
+                try:
+                    self.start()
+                except (
+                    Exception
+                ) as error:  # raised in a callback, it would be logged and forgotten: `next_step` tells it
+                    self._failure = error
         self.busy.set(bool(self._running), time.monotonic())
         self._changed.set()
 

@@ -1,12 +1,11 @@
 import json
 import math
 import re
-import shutil
-import subprocess
 from html import unescape
 from itertools import pairwise
 
 import pytest
+from browser import needs_chromium, seen_in_browser
 
 from megatron_vespo.observability.charts import Axis, Plot, linear_axis, log_axis, nice_ticks
 from megatron_vespo.observability.kernel_chart import kernel
@@ -86,7 +85,7 @@ def test_every_staleness_has_one_of_at_most_six_colours(oldest):
     assert len({colour for _, colour, _ in groups}) == len(groups)
 
 
-@pytest.mark.skipif(shutil.which("chromium") is None, reason="no chromium here")
+@needs_chromium
 @pytest.mark.parametrize("width", [400, 1600])
 def test_a_browser_draws_every_chart_without_an_error(finished_run, tmp_path, width):
     """In a frame of that width (a headless window has a least width): nothing overflows, all charts have their size."""
@@ -104,16 +103,7 @@ def test_a_browser_draws_every_chart_without_an_error(finished_run, tmp_path, wi
         tips: document.querySelectorAll(".tip:not([hidden])").length,
       });</script></body>"""
     page = write_report(finished_run).read_text(encoding="utf-8").replace("</body>", probe)
-    (tmp_path / "page.html").write_text(page, encoding="utf-8")
-    frame = tmp_path / "frame.html"
-    frame.write_text(f'<body style="margin:0"><iframe src="page.html" style="width:{width}px;height:3000px;border:0">')
-    command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
-    command += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
-    command += ["--allow-file-access-from-files", "--enable-logging=stderr", f"--user-data-dir={tmp_path / 'profile'}"]
-    command += [f"--window-size={width},3000", "--virtual-time-budget=2000", "--dump-dom", frame.as_uri()]
-    ran = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
-    assert "CONSOLE" not in ran.stderr
-    seen = json.loads(unescape(re.findall(r"<title>(.*?)</title>", ran.stdout)[0]))
+    seen = seen_in_browser(page, width, tmp_path)
     assert seen["width"] == width and seen["overflow"] <= 0
     assert seen["areas"] == seen["drawn"] == 15
     assert seen["tips"] == seen["hovers"] >= 13

@@ -1,13 +1,12 @@
 import json
 import re
-import shutil
-import subprocess
 from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 import yaml
+from browser import needs_chromium, seen_in_browser
 from small_run import BATCHES, CONFIG, HOSTILE, STALENESS, evaluation_row, run_rows
 
 from megatron_vespo.config import ConfigError
@@ -295,7 +294,7 @@ def test_a_variant_without_runs_is_shown_and_a_page_without_runs_is_a_mistake(va
         write_comparison(tmp_path / "page.html", "t", [Variant("empty", [])])
 
 
-@pytest.mark.skipif(shutil.which("chromium") is None, reason="no chromium here")
+@needs_chromium
 @pytest.mark.parametrize("width", [400, 1600])
 def test_a_browser_shows_the_page_without_an_error(variants, tmp_path, width):
     """In a frame of that width: nothing overflows; pointing, hiding a variant and unfolding its runs do what they say."""
@@ -326,16 +325,7 @@ def test_a_browser_shows_the_page_without_an_error(variants, tmp_path, width):
       });
     }</script></body>"""
     page = write_comparison(tmp_path / "page.html", "t", variants)
-    page.write_text(page.read_text(encoding="utf-8").replace("</body>", probe), encoding="utf-8")
-    frame = tmp_path / "frame.html"
-    frame.write_text(f'<body style="margin:0"><iframe src="page.html" style="width:{width}px;height:3000px;border:0">')
-    command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
-    command += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
-    command += ["--allow-file-access-from-files", "--enable-logging=stderr", f"--user-data-dir={tmp_path / 'profile'}"]
-    command += [f"--window-size={width},3000", "--virtual-time-budget=2000", "--dump-dom", frame.as_uri()]
-    ran = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
-    assert "CONSOLE" not in ran.stderr
-    seen = json.loads(unescape(re.findall(r"<title>(.*?)</title>", ran.stdout)[0]))
+    seen = seen_in_browser(page.read_text(encoding="utf-8").replace("</body>", probe), width, tmp_path)
     assert seen["width"] == width and seen["overflow"] <= 0
     assert seen["areas"] == seen["drawn"] == 8
     assert set(seen["before"]) == {3} and set(seen["hidden"]) == {2}

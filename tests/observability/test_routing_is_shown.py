@@ -1,12 +1,11 @@
 import io
 import json
 import re
-import shutil
-import subprocess
 from html import unescape
 
 import pytest
 import yaml
+from browser import needs_chromium, seen_in_browser
 from rich.console import Console
 from small_run import CONFIG, rollout_row, routes_of_rollout, routes_of_step, step_row
 
@@ -225,7 +224,7 @@ def test_a_comparison_has_the_probes_columns_only_where_a_run_was_probed(run_wit
     assert "k3 with replay" not in alone
 
 
-@pytest.mark.skipif(shutil.which("chromium") is None, reason="no chromium here")
+@needs_chromium
 @pytest.mark.parametrize("width", [400, 1600])
 def test_a_browser_shows_the_cell_under_the_pointer(run_with_routes, tmp_path, width):
     probe = """<script>
@@ -244,16 +243,7 @@ def test_a_browser_shows_the_cell_under_the_pointer(run_with_routes, tmp_path, w
         ramp: getComputedStyle(ramp).backgroundImage.includes("gradient") && ramp.clientWidth,
       });</script></body>"""
     page = write_report(run_with_routes).read_text(encoding="utf-8").replace("</body>", probe)
-    (tmp_path / "page.html").write_text(page, encoding="utf-8")
-    frame = tmp_path / "frame.html"
-    frame.write_text(f'<body style="margin:0"><iframe src="page.html" style="width:{width}px;height:3000px;border:0">')
-    command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
-    command += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
-    command += ["--allow-file-access-from-files", "--enable-logging=stderr", f"--user-data-dir={tmp_path / 'profile'}"]
-    command += [f"--window-size={width},3000", "--virtual-time-budget=2000", "--dump-dom", frame.as_uri()]
-    ran = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
-    assert "CONSOLE" not in ran.stderr
-    seen = json.loads(unescape(re.findall(r"<title>(.*?)</title>", ran.stdout)[0]))
+    seen = seen_in_browser(page, width, tmp_path)
     assert seen["overflow"] <= 0
     # The lower left cell is layer 0 at step 1, the upper right one layer 1 at step 12, three steps into its batch.
     assert [" ".join(tip.split()) for tip in seen["tips"]] == ["step 1, layer 0 99.6%", "step 12, layer 1 93.4%"]
