@@ -71,6 +71,8 @@ class EngineClient:
 
     Args:
         url: of the server, without a slash at the end.
+        name: what messages call the engine.
+        ranks: its processes that hold weights (tensor parallel size).
         timeout_seconds: deadline of `generate`.
         weights_timeout_seconds: deadline of everything that moves or hashes weights.
         control_timeout_seconds: deadline of all other requests.
@@ -80,11 +82,15 @@ class EngineClient:
         self,
         url: str,
         *,
+        name: str = "engine",
+        ranks: int = 1,
         timeout_seconds: float = 1800.0,
         weights_timeout_seconds: float = 600.0,
         control_timeout_seconds: float = 60.0,
     ) -> None:
         self.url = url
+        self.name = name
+        self.ranks = ranks
         self._deadlines = {
             "generate": timeout_seconds,
             "weights": weights_timeout_seconds,
