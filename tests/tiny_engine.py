@@ -12,6 +12,7 @@ import torch
 from megatron_vespo.config import EngineConfig
 from megatron_vespo.parity.case import COMMON, MODELS, write_model
 from megatron_vespo.rollout.client import EngineClient
+from megatron_vespo.rollout.fleet import Fleet
 from megatron_vespo.rollout.server import EngineServer
 from megatron_vespo.routing.routes import RoutingShape
 
@@ -33,6 +34,11 @@ class RunningEngine:
     model_path: Path
     loop: asyncio.AbstractEventLoop
     vocab_size: int = VOCAB_SIZE
+
+    @property
+    def fleet(self) -> Fleet:
+        """Of this one engine, which nobody replaces."""
+        return Fleet([self.client])
 
     def run(self, work: Awaitable[T]) -> T:
         """Wait for a call of `client`."""

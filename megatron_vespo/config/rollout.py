@@ -36,19 +36,29 @@ class RouterNoiseConfig(Section):
 
 
 class EngineConfig(Section):
-    """One SGLang server."""
+    """SGLang servers, all alike."""
 
+    count: PositiveInt = 1
+    """Servers; requests go to the one with the fewest outstanding tokens, those of one group to one server."""
     dtype: Literal["float32", "bfloat16"] | None = None
     """None: the model's."""
     tensor_parallel: PositiveInt = 1
+    """Processes (and GPUs) of each."""
     max_total_tokens: PositiveInt | None = None
     """Size of the KV cache in tokens; None lets SGLang decide from memory."""
     max_running_requests: PositiveInt | None = None
     memory_fraction: float = Field(default=0.7, gt=0, lt=1)
     port: int | None = Field(default=None, ge=1, le=65535)
-    """None: a free port. A port in use is replaced by a free one, and said."""
+    """Of the first server, further ones count up from it. None: free ports. A port in use is replaced by a free one, and
+    said."""
     startup_timeout_seconds: PositiveFloat = 600.0
     request_timeout_seconds: PositiveFloat = 1800.0
+    """An engine that has not answered a request by then is taken for hung."""
+    hang_timeout_seconds: PositiveFloat = 120.0
+    """So is one that has requests and computes nothing for so long."""
+    max_restarts: int = Field(default=3, ge=0)
+    """An engine that dies, hangs or answers nonsense is taken out, its requests go to others, and it is started again: each
+    so often within an hour. One failure more ends the run, the first with 0."""
     router_noise: RouterNoiseConfig | None = None
     """None: the router as it is."""
     extra_arguments: dict[str, Any] = Field(default_factory=dict)

@@ -61,7 +61,8 @@ def run_ablation(
         return minutes is None or time.monotonic() - started < 60 * minutes
 
     async def train_on() -> None:
-        async with Runtime(max(run.config.policy.ranks for run in todo) + 1, out) as runtime:
+        processes = max(run.config.policy.ranks + run.config.rollout.engine.count for run in todo)
+        async with Runtime(processes, out) as runtime:
             parts = Parts(runtime)
             while todo and in_time():
                 await train_one(parts, todo[0], f"[{len(planned) - len(todo) + 1}/{len(planned)}]")

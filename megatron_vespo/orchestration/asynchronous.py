@@ -4,6 +4,7 @@ import time
 
 from megatron_vespo.orchestration.busy_time import BusyTime, seconds_of_both
 from megatron_vespo.orchestration.checkpoints import Checkpoints
+from megatron_vespo.orchestration.engine_weights import attended
 from megatron_vespo.orchestration.exports import Exports
 from megatron_vespo.orchestration.generator import Generator
 from megatron_vespo.orchestration.mismatch_probe import measure_mismatch
@@ -26,7 +27,7 @@ async def train(session: Session) -> None:
     try:
         while progress.step < algorithm.steps:
             waiting = time.monotonic()
-            groups = await generator.next_step()
+            groups = await attended(session, generator.next_step(), generator.start)
             training.set(True, time.monotonic())
             trajectories = await prepare_groups(session, generator, groups, time.monotonic() - waiting)
             await train_step(session, trajectories)

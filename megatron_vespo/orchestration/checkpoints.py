@@ -184,7 +184,7 @@ def progress_of(session: Session) -> dict[str, Any]:
         "drawn": session.progress.drawn,
         "tally": asdict(session.tally),
         "weights": {
-            "version": session.weights.weight_version,
+            "version": session.engines.weight_version,
             "syncs": session.weights.syncs,
             "mismatches": session.weights.mismatches,
         },

@@ -13,7 +13,8 @@ from megatron_vespo.data.sources import numbered_sources
 from megatron_vespo.data.tokenizer import load_tokenizer
 from megatron_vespo.observability.console import RunConsole
 from megatron_vespo.orchestration.cluster import gpus_per_process
-from megatron_vespo.orchestration.engine import Engine, engine_settings
+from megatron_vespo.orchestration.engine import engine_settings
+from megatron_vespo.orchestration.engines import Engines
 from megatron_vespo.orchestration.evaluation import describe_evaluation, sample_held_out
 from megatron_vespo.orchestration.interruption import run_interruptible
 from megatron_vespo.orchestration.preflight import check_engine
@@ -39,18 +40,20 @@ def run_evaluation(config: EvaluateConfig, checkpoint: Path, output: Path | None
 
     async def main() -> dict[str, Any]:
         console.phase("starting the engine")
-        async with Runtime(1, folder) as runtime:
+        async with Runtime(config.rollout.engine.count, folder) as runtime:
             settings = engine_settings(
                 str(checkpoint), config.dtype, config.data, config.rollout, seed=0, logs=runtime.logs
             )
-            engine = Engine(runtime, settings, gpus=gpus_per_process(config.rollout.engine.tensor_parallel))
+            engine = config.rollout.engine
+            gpus = engine.tensor_parallel * gpus_per_process(engine.count * engine.tensor_parallel)
+            engines = Engines(runtime, settings, gpus, weights_timeout_seconds=None)
             grader = RewardPool(config.reward, config.data, config.evaluation.sources, runtime.logs / "graders.log")
             runtime.on_stop("graders", lambda: asyncio.to_thread(grader.close))
-            starting = all_of(engine.start(), asyncio.to_thread(grader.start))
+            starting = all_of(engines.start(), asyncio.to_thread(grader.start))
             timeout = config.rollout.engine.startup_timeout_seconds
             await runtime.supervisor.wait("start engine and graders", starting, timeout)
             sampler = Sampler(
-                engine.client, grader, tokenizer, architecture.vocab_size, config.rollout, runtime.supervisor, console
+                engines.fleet, grader, tokenizer, architecture.vocab_size, config.rollout, runtime.supervisor, console
             )
             console.phase("evaluating")
             groups, _ = await sample_held_out(sampler, prompts, config.evaluation, weight_version=0)

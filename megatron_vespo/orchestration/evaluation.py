@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from megatron_vespo.config import EvaluationConfig
+from megatron_vespo.orchestration.engine_weights import attended
 from megatron_vespo.orchestration.sampler import Sampler
 from megatron_vespo.orchestration.session import Session
 from megatron_vespo.rollout.generate import generate_responses
@@ -20,7 +21,9 @@ async def evaluate(session: Session, when: str, step: int) -> None:
     """Record avg@k and pass@k on the session's held-out prompts. `when`: "before", "during" or "after" training."""
     config = session.config
     session.console.phase("evaluating" if when == "during" else f"evaluating {when} training")
-    groups, seconds = await sample_held_out(session.sampler, session.held_out, config.evaluation, weight_version=step)
+    groups, seconds = await attended(
+        session, sample_held_out(session.sampler, session.held_out, config.evaluation, weight_version=step)
+    )
     figures = describe_evaluation(session.sampler, groups)
     k = config.evaluation.samples_per_prompt
     session.record(
@@ -36,7 +39,7 @@ async def sample_held_out(
 ) -> tuple[list[Group], float]:
     """k graded responses to each prompt, and the seconds that took."""
     stream = generate_responses(
-        sampler.client,
+        sampler.fleet,
         prompts,
         config.sampling,
         samples_per_prompt=config.samples_per_prompt,

@@ -48,8 +48,9 @@ class Generator:
         """As many groups as admission, the engine's settings and the rest of the run allow."""
         if self._holding:  # what starts now would count as sampled under the weights that are on their way out
             return
-        version = self._session.weights.weight_version
-        assert version is not None
+        version = self._session.engines.weight_version
+        if version is None:  # no engine serves
+            return
         used = self.ledger.step * self._session.config.algorithm.prompts_per_step
         room = min(
             self.ledger.room(version),
@@ -86,27 +87,17 @@ class Generator:
         session = self._session
         asynchronous = session.config.algorithm.asynchronous
         assert asynchronous is not None
-        client, tally = session.sampler.client, session.tally
+        fleet, supervisor = session.sampler.fleet, session.sampler.supervisor
+        seconds = session.config.rollout.engine.request_timeout_seconds
         self._holding = True
-        if asynchronous.update == "in_place":
-            running = client.gate.passing
-            await client.pause_generation("in_place")
-            try:
-                yield
-            finally:
-                await client.continue_generation()
-        else:
-            abort = client.abort_all if asynchronous.update == "abort" else None
-            seconds = session.config.rollout.engine.request_timeout_seconds
-            closing = client.gate.close(abort)
-            running = await session.sampler.supervisor.wait("end or finish what is being sampled", closing, seconds)
-            try:
-                yield
-            finally:
-                client.gate.open()
-            running = running if abort is not None else 0
-        self._holding = False
-        tally.updates_mid_generation += running > 0
+        holding = fleet.hold(asynchronous.update)
+        running = await supervisor.wait("end, pause or finish what is being sampled", holding, seconds)
+        try:
+            yield
+        finally:
+            await fleet.release()
+            self._holding = False
+        session.tally.updates_mid_generation += running > 0 and asynchronous.update != "wait"
         self.start()
 
     def note_progress(self) -> None:
@@ -136,7 +127,7 @@ class Generator:
 
     async def _sample(self, number: int, prompt: Prompt) -> None:
         session = self._session
-        group = await generate_group(session.sampler.client, prompt, self._generation())
+        group = await generate_group(session.sampler.fleet, prompt, self._generation())
         await session.sampler.grade(group)
         settle_truncated([group], session.config.rollout)
         tokens = sum(len(trajectory.response_ids) for trajectory in group.trajectories)

@@ -9,9 +9,10 @@ from megatron_vespo.config import TrainConfig
 from megatron_vespo.data.sources import numbered_sources
 from megatron_vespo.observability.console import RunConsole
 from megatron_vespo.observability.sinks import Metrics
-from megatron_vespo.orchestration import engine, policy_group
+from megatron_vespo.orchestration import engines, policy_group
 from megatron_vespo.orchestration.cluster import communication_backend, gpus_per_process
-from megatron_vespo.orchestration.engine import Engine, engine_settings
+from megatron_vespo.orchestration.engine import engine_settings
+from megatron_vespo.orchestration.engines import Engines
 from megatron_vespo.orchestration.policy_group import PolicyGroup
 from megatron_vespo.orchestration.preflight import Prepared
 from megatron_vespo.orchestration.runtime import Runtime
@@ -34,7 +35,7 @@ class Parts:
 
     def __init__(self, runtime: Runtime) -> None:
         self._runtime = runtime
-        self._engine: Engine | None = None
+        self._engines: Engines | None = None
         self._policy: PolicyGroup | None = None
         self._graders: RewardPool | None = None
         self._weights: WeightUpdater | None = None
@@ -47,28 +48,29 @@ class Parts:
         if self._weights is not None:
             await self._weights.disconnect()
             self._weights = None
-        gpus = gpus_per_process(config.policy.ranks + config.rollout.engine.tensor_parallel)
+        engine = config.rollout.engine
+        gpus = gpus_per_process(config.policy.ranks + engine.count * engine.tensor_parallel)
         await all_of(
-            self._fit_engine(config, gpus, timed),
+            self._fit_engines(config, gpus, timed),
             self._fit_policy(config, prepared, gpus, timed),
             self._fit_graders(config, timed),
         )
-        assert self._engine is not None and self._policy is not None and self._graders is not None
+        assert self._engines is not None and self._policy is not None and self._graders is not None
         supervisor = self._runtime.supervisor
+        self._engines.tell, self._engines.restarts = console.event, 0
         self._weights = WeightUpdater(
             self._policy,
-            self._engine.client,
             supervisor,
             config.weight_sync,
-            engine_ranks=config.rollout.engine.tensor_parallel,
-            engine_dtype=config.rollout.engine.dtype or config.model.dtype,
+            engine_dtype=engine.dtype or config.model.dtype,
             backend=communication_backend(gpus),
         )
-        await timed("weight transport", self._weights.connect())
+        await timed("weight transport", self._weights.connect(self._engines.present))
         return Session(
             config=config,
+            engines=self._engines,
             sampler=Sampler(
-                self._engine.client,
+                self._engines.fleet,
                 self._graders,
                 prepared.tokenizer,
                 prepared.architecture.vocab_size,
@@ -85,7 +87,7 @@ class Parts:
             routing_shape=prepared.architecture.routing_shape if config.routing.engine_records else None,
         )
 
-    async def _fit_engine(self, config: TrainConfig, gpus: int, timed: "_Timed") -> None:
+    async def _fit_engines(self, config: TrainConfig, gpus: int, timed: "_Timed") -> None:
         settings = engine_settings(
             config.model.path,
             config.model.dtype,
@@ -97,11 +99,11 @@ class Parts:
         )
         # The server's own seed is for sampling without seeds, which nothing can repeat anyway.
         needed = {name: value for name, value in settings.items() if name != "seed"}
-        if await self._keep(engine.PART, (needed, config.weight_sync.timeout_seconds, gpus)):
+        if await self._keep(engines.PART, (needed, config.weight_sync.timeout_seconds, gpus)):
             return
         ranks = config.rollout.engine.tensor_parallel
-        self._engine = Engine(self._runtime, settings, gpus * ranks, config.weight_sync.timeout_seconds)
-        await timed("engine", self._engine.start())
+        self._engines = Engines(self._runtime, settings, gpus * ranks, config.weight_sync.timeout_seconds)
+        await timed("engine", self._engines.start())
 
     async def _fit_policy(self, config: TrainConfig, prepared: Prepared, gpus: int, timed: "_Timed") -> None:
         if not await self._keep(policy_group.PART, (config.policy.ranks, gpus)):

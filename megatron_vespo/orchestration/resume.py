@@ -21,6 +21,7 @@ from megatron_vespo.orchestration.checkpoints import (
     require_whole,
     step_of,
 )
+from megatron_vespo.orchestration.engine_weights import deliver
 from megatron_vespo.orchestration.run_folder import CONFIG_COPY, MARKER
 from megatron_vespo.orchestration.session import Session, Tally
 from megatron_vespo.rollout.trajectory_file import read_trajectories
@@ -153,7 +154,7 @@ async def restore(session: Session, checkpoint: Path) -> None:
     session.tally = Tally(**saved["tally"])
     session.elapsed_before = saved["elapsed_seconds"]
     if saved["weights"]["version"] == saved["step"]:
-        await session.weights.sync(saved["step"])
+        await deliver(session, lambda: session.engines.present)
     session.weights.syncs = saved["weights"]["syncs"]
     session.weights.mismatches = saved["weights"]["mismatches"]
     session.console.event(f"resumed after step {saved['step']} from {checkpoint}")

@@ -1,5 +1,6 @@
 """From prompts to what is trained on: sampled on the engine, graded, scored by the trainer, given advantages."""
 
+from megatron_vespo.orchestration.engine_weights import attended
 from megatron_vespo.orchestration.generator import Generator
 from megatron_vespo.orchestration.mini_batches import assign_advantages, settle_truncated, shape_rewards
 from megatron_vespo.orchestration.rescoring import rescore
@@ -16,7 +17,7 @@ async def collect_rollouts(session: Session, batch: int, weight_version: int) ->
     prompts = session.prompts.take(config.algorithm.rollout_batch_prompts)
     session.console.phase("generating")
     stream = generate_groups(
-        sampler.client,
+        sampler.fleet,
         prompts,
         config.rollout,
         stop_token_ids=sampler.tokenizer.stop_token_ids,
@@ -27,7 +28,7 @@ async def collect_rollouts(session: Session, batch: int, weight_version: int) ->
         cache_version=session.weights.cache_version,
         routes=session.routing_shape,
     )
-    groups, seconds, grading_seconds = await sampler.collect(stream, prompts)
+    groups, seconds, grading_seconds = await attended(session, sampler.collect(stream, prompts))
     settle_truncated(groups, config.rollout)
     figures = sampler.describe(groups) | await probe_batch(session, groups)
     await rescore(session, groups)
@@ -70,7 +71,7 @@ async def prepare_groups(
         step,
         {
             "batch": step // config.algorithm.sync_every,
-            "weight_version": session.weights.weight_version,
+            "weight_version": session.engines.weight_version,
             **figures,
             "response/segments_mean": sum(len(t.segments) for t in trajectories) / len(trajectories),
             "buffer/complete": len(generator.complete),

@@ -11,6 +11,7 @@ import torch
 from megatron_vespo.errors import RunError
 from megatron_vespo.objective.diagnostics import difference_diagnostics
 from megatron_vespo.objective.metrics import measured_difference
+from megatron_vespo.orchestration.engine_weights import attended
 from megatron_vespo.orchestration.mini_batches import response_log_probs, training_sequences
 from megatron_vespo.orchestration.policy_group import RecordedRoutes
 from megatron_vespo.orchestration.session import Session
@@ -69,7 +70,7 @@ async def probe_engine_routes(session: Session) -> None:
 
 async def sample_probe(session: Session, stream: str, prompts: int, samples: int, max_tokens: int) -> list[Group]:
     """Responses to the first held-out prompts, under exactly the weights that the engine holds; not graded."""
-    config, version = session.config, session.weights.weight_version
+    config, version = session.config, session.engines.weight_version
     assert version is not None
     generation = Generation(
         samples=samples,
@@ -85,9 +86,9 @@ async def sample_probe(session: Session, stream: str, prompts: int, samples: int
         cache_version=session.weights.cache_version,
         routes=session.routing_shape,
     )
-    client, seconds = session.sampler.client, config.rollout.engine.request_timeout_seconds
-    waiting = all_of(*[generate_group(client, prompt, generation) for prompt in session.held_out[:prompts]])
-    return await session.sampler.supervisor.wait(f"sample the {stream}", waiting, seconds)
+    fleet, seconds = session.sampler.fleet, config.rollout.engine.request_timeout_seconds
+    waiting = all_of(*[generate_group(fleet, prompt, generation) for prompt in session.held_out[:prompts]])
+    return await attended(session, session.sampler.supervisor.wait(f"sample the {stream}", waiting, seconds))
 
 
 def agreeing_share(ones: Sequence[Routes], others: Sequence[Routes]) -> float:

@@ -14,13 +14,13 @@ from megatron_vespo.data.tokenizer import ChatTokenizer
 from megatron_vespo.observability.console import RunConsole
 from megatron_vespo.orchestration.supervision import Supervisor
 from megatron_vespo.rewards.pool import OUTCOMES, RewardPool
-from megatron_vespo.rollout.client import EngineClient
+from megatron_vespo.rollout.fleet import Fleet
 from megatron_vespo.rollout.trajectory import Group, Prompt, fingerprint
 
 
 @dataclass
 class Sampler:
-    client: EngineClient
+    fleet: Fleet
     grader: RewardPool
     tokenizer: ChatTokenizer
     vocab_size: int

@@ -9,6 +9,7 @@ from megatron_vespo.config import TrainConfig
 from megatron_vespo.data.prompts import PromptStream
 from megatron_vespo.observability.console import RunConsole
 from megatron_vespo.observability.sinks import Metrics
+from megatron_vespo.orchestration.engines import Engines
 from megatron_vespo.orchestration.policy_group import PolicyGroup
 from megatron_vespo.orchestration.sampler import Sampler
 from megatron_vespo.orchestration.weight_updater import WeightUpdater
@@ -72,6 +73,7 @@ class Progress:
 @dataclass
 class Session:
     config: TrainConfig
+    engines: Engines
     sampler: Sampler
     policy: PolicyGroup
     weights: WeightUpdater

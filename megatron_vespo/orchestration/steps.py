@@ -1,4 +1,4 @@
-"""What both loops are made of: an optimizer step and what it tells, weights to the engine, an evaluation."""
+"""What both loops are made of: an optimizer step and what it tells, weights to the engines, an evaluation."""
 
 import time
 
@@ -12,6 +12,7 @@ from megatron_vespo.objective.diagnostics import (
     weight_diagnostics,
 )
 from megatron_vespo.objective.kernels import largest_coefficient
+from megatron_vespo.orchestration.engine_weights import send_weights
 from megatron_vespo.orchestration.evaluation import evaluate
 from megatron_vespo.orchestration.gradient_noise import gradient_noise, measure_parts
 from megatron_vespo.orchestration.mini_batches import packing_figures, training_sequences
@@ -116,27 +117,9 @@ async def evaluate_policy(session: Session, when: str) -> None:
 
 
 async def sync_weights(session: Session) -> None:
-    """Bring the trainer's weights to the engine, as weight version `step`, unless it has them; probe a new engine."""
-    if session.weights.weight_version != session.progress.step:
-        await send_weights(session)
+    """Bring the trainer's weights to all engines, as weight version `step`, unless they have them; probe new engines."""
+    engines = session.engines
+    if engines.waiting or engines.weight_version != session.progress.step:
+        await send_weights(session, lambda: engines.present)
     if not session.engine_probed:
         await probe_engine_routes(session)
-
-
-async def send_weights(session: Session) -> None:
-    session.console.phase("syncing weights")
-    step = session.progress.step
-    report = await session.weights.sync(weight_version=step)
-    session.record(
-        "sync",
-        step,
-        {
-            "weight_version": report.weight_version,
-            "bytes": report.bytes,
-            "buckets": report.buckets,
-            "verified": report.verified,
-            "mismatches": session.weights.mismatches,
-            "time/sync": sum(report.seconds.values()),
-            **{f"time/{name}": seconds for name, seconds in report.seconds.items()},
-        },
-    )

@@ -30,8 +30,8 @@ class Supervisor:
     def __init__(self) -> None:
         self._sentinels: dict[str, asyncio.Future] = {}
 
-    def watch(self, part: str, sentinel: ObjectRef) -> None:
-        """`sentinel`: a call into that part that returns only when the part fails."""
+    def watch(self, part: str, sentinel: Awaitable) -> None:
+        """`sentinel`: ends only when the part fails: a call into it (an `ObjectRef`), or a future of whoever looks after it."""
         self._sentinels[part] = asyncio.ensure_future(_resolve(sentinel))
 
     def forget(self, part: str = "") -> None:
@@ -76,8 +76,8 @@ class Supervisor:
         return None
 
 
-async def _resolve(ref: ObjectRef) -> Any:
-    return await ref
+async def _resolve(sentinel: Awaitable) -> Any:
+    return await sentinel
 
 
 async def from_part(part: str, ref: ObjectRef) -> Any:

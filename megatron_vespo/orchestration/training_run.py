@@ -59,7 +59,7 @@ def run_training_loop(config: TrainConfig, console: RunConsole, loop: Loop, resu
 
     async def main() -> None:
         console.phase("starting Ray")
-        async with Runtime(config.policy.ranks + 1, folder) as runtime:
+        async with Runtime(config.policy.ranks + config.rollout.engine.count, folder) as runtime:
             await run_once(Parts(runtime), config, prepared, record, console, loop, checkpoint)
             console.phase("stopping")
 
@@ -139,6 +139,7 @@ def summary(session: Session, status: str, wall_seconds: float) -> dict:
         "generated_tokens": tally.generated_tokens,
         "trained_tokens": tally.trained_tokens,
         "wall_seconds": round(wall_seconds, 1),
+        "engine_restarts": session.engines.restarts,
         "weight_syncs": session.weights.syncs,
         "weight_sync_mismatches": session.weights.mismatches,
         "mean_abs_logprob_diff": tally.mean_abs_logprob_diff,

@@ -4,6 +4,7 @@ import time
 from dataclasses import dataclass
 
 from megatron_vespo.config import WeightSyncConfig
+from megatron_vespo.errors import RunError
 from megatron_vespo.orchestration.cluster import LOOPBACK
 from megatron_vespo.orchestration.policy_group import PolicyGroup
 from megatron_vespo.orchestration.policy_rank import WEIGHT_GROUP
@@ -23,23 +24,26 @@ class SyncReport:
     """send (with gathering), flush, verify."""
 
 
+class EnginesFailed(RunError):
+    def __init__(self, engines):
+        super().__init__(str(engines))
+        self.engines = engines
+
+
 class WeightUpdater:
     def __init__(
         self,
         policy: PolicyGroup,
-        client: EngineClient,
         supervisor: Supervisor,
         config: WeightSyncConfig,
         *,
-        engine_ranks: int,
         engine_dtype: str,
         backend: str,
     ) -> None:
         self._policy = policy
-        self._client = client
+        self._clients: list[EngineClient] = []
         self._supervisor = supervisor
         self._config = config
-        self._engine_ranks = engine_ranks
         self._engine_dtype = engine_dtype
         self._backend = backend
         self._buckets: list[Bucket] = []
@@ -53,23 +57,32 @@ class WeightUpdater:
         self.mismatches = 0
         """Tensors found different on the engine, over all verifications."""
 
-    async def connect(self) -> None:
+    async def connect(self, engines: list[EngineClient]) -> None:
         """Build the group of trainer and engine, and plan the buckets once."""
+        self._clients = list(engines)
+        self._verified_once = False
         port = await self._policy.on_first("open the weight group", lambda actor: actor.listen_for_engines.remote())
-        world_size, timeout = self._engine_ranks + 1, self._config.timeout_seconds
+        world_size, timeout = 1 + sum(c.ranks for c in engines), self._config.timeout_seconds
+        offset = 1
+        joins = []
+        for client in engines:
+            joins.append(
+                client.init_weights_update_group(
+                    master_address=LOOPBACK,
+                    master_port=port,
+                    rank_offset=offset,
+                    world_size=world_size,
+                    group_name=WEIGHT_GROUP,
+                    backend=self._backend,
+                )
+            )
+            offset += client.ranks
         joining = all_of(
             self._policy.on_first(
                 "connect the weight group",
                 lambda actor: actor.connect_engines.remote(world_size, self._backend, timeout),
             ),
-            self._client.init_weights_update_group(
-                master_address=LOOPBACK,
-                master_port=port,
-                rank_offset=1,
-                world_size=world_size,
-                group_name=WEIGHT_GROUP,
-                backend=self._backend,
-            ),
+            *joins,
         )
         await self._supervisor.wait("connect trainer and engine for weights", joining, timeout)
         specs = await self._policy.on_all("list the tensors", lambda actor, _: actor.tensor_specs.remote())
@@ -79,11 +92,11 @@ class WeightUpdater:
         """Take the group apart, so that another can be built with the same engine and the same trainer processes."""
         leaving = all_of(
             self._policy.on_first("leave the weight group", lambda actor: actor.disconnect_engines.remote()),
-            self._client.destroy_weights_update_group(WEIGHT_GROUP),
+            *[client.destroy_weights_update_group(WEIGHT_GROUP) for client in self._clients],
         )
         await self._supervisor.wait("part trainer and engine", leaving, self._config.timeout_seconds)
 
-    async def sync(self, weight_version: int) -> SyncReport:
+    async def sync(self, weight_version: int, engines: list[EngineClient]) -> SyncReport:
         """Send all weights as `weight_version`, empty the engine's prefix cache, and verify when it is due.
 
         With `flush_cache` off the cache is emptied once, at the first sync: before it the engine may have served another
@@ -93,11 +106,16 @@ class WeightUpdater:
             RunFailed: a tensor on the engine is not the trainer's; the message names the first of them.
         """
         clock, timeout = time.monotonic, self._config.timeout_seconds
+        if engines != self._clients:
+            await self.abandon(engines)
+            await self.connect(engines)
         started = clock()
         await self._supervisor.wait("send weights", self._send(weight_version), timeout)
         sent = clock()
         if self._config.flush_cache or self.weight_version is None:
-            await self._supervisor.wait("flush the engine's caches", self._client.flush_cache(), timeout)
+            await self._supervisor.wait(
+                "flush the engine's caches", all_of(*[c.flush_cache() for c in engines]), timeout
+            )
             self.cache_version = None if self._config.flush_cache else weight_version
         flushed = clock()
         due = self.syncs % self._config.verify_every == 0
@@ -114,17 +132,23 @@ class WeightUpdater:
             seconds={"send": sent - started, "flush": flushed - sent, "verify": clock() - flushed},
         )
 
+    async def abandon(self, engines):
+        await self._policy.on_first("leave the weight group", lambda actor: actor.disconnect_engines.remote())
+        for client in engines:
+            if client in self._clients:
+                await client.destroy_weights_update_group(WEIGHT_GROUP)
+
     async def _send(self, weight_version: int) -> None:
-        await self._client.begin_weight_update()
+        await all_of(*[c.begin_weight_update() for c in self._clients])
         await all_of(
             self._policy.on_all("gather weights", lambda actor, _: actor.send_weights.remote(self._buckets)),
-            self._receive(weight_version),
+            *[self._receive(c, weight_version) for c in self._clients],
         )
-        await self._client.end_weight_update()
+        await all_of(*[c.end_weight_update() for c in self._clients])
 
-    async def _receive(self, weight_version: int) -> None:
+    async def _receive(self, client, weight_version: int) -> None:
         for bucket in self._buckets:
-            await self._client.update_weights_from_distributed(
+            await client.update_weights_from_distributed(
                 names=[spec.name for spec in bucket.specs],
                 dtypes=[spec.dtype for spec in bucket.specs],
                 shapes=[list(spec.shape) for spec in bucket.specs],
@@ -137,9 +161,11 @@ class WeightUpdater:
             "checksum the trainer's weights", lambda actor, _: actor.engine_checksums.remote(self._engine_dtype)
         )
         found = await self._supervisor.wait(
-            "checksum the engine's weights", self._client.weights_checksum(), self._config.timeout_seconds
+            "checksum the engine's weights",
+            all_of(*[c.weights_checksum() for c in self._clients]),
+            self._config.timeout_seconds,
         )
-        differences = compare_checksums(expected[0], found)
+        differences = [d for f in found for d in compare_checksums(expected[0], f)]
         self.mismatches += len(differences)
         if differences:
             raise RunFailed(

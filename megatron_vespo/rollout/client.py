@@ -2,8 +2,9 @@
 
 import asyncio
 import contextlib
+from collections.abc import Coroutine
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import aiohttp
 import msgspec
@@ -12,6 +13,11 @@ from numpy.typing import NDArray
 
 from megatron_vespo.errors import RunError
 from megatron_vespo.rollout.gate import Gate
+
+T = TypeVar("T")
+
+DEFAULT_NEW_TOKENS = 128
+"""SGLang's."""
 
 
 class EngineError(RunError):
@@ -25,6 +31,11 @@ class EngineError(RunError):
         self.status = status
         """Of HTTP; None where there was no answer."""
         self.reason = reason
+
+    @property
+    def refused(self) -> bool:
+        """The engine works, and does not accept this request."""
+        return self.status is not None and 400 <= self.status < 500
 
     def __reduce__(self):
         return type(self), (self.url, self.endpoint, self.status, self.reason)
@@ -98,6 +109,34 @@ class EngineClient:
         }
         self._session: aiohttp.ClientSession | None = None
         self.gate = Gate()
+        self.given_version: int | None = None
+        """That the engine holds, as far as whoever brought it there noted it here."""
+        self.outstanding_tokens = 0
+        """Of requests that wait or run: their inputs, and the most that they may sample."""
+        self._lost: asyncio.Future[str] | None = None
+
+    def lose(self, reason: str) -> None:
+        """Take the engine for gone: whoever waits for it gets an error now, and everybody else at once."""
+        if not self._loss.done():
+            self._loss.set_result(reason)
+
+    @property
+    def _loss(self) -> "asyncio.Future[str]":
+        if self._lost is None:
+            self._lost = asyncio.get_running_loop().create_future()
+        return self._lost
+
+    async def _unless_lost(self, endpoint: str, work: Coroutine[Any, Any, T]) -> T:
+        task = asyncio.ensure_future(work)
+        try:
+            await asyncio.wait({task, self._loss}, return_when=asyncio.FIRST_COMPLETED)
+            if task.done():
+                return task.result()
+            raise EngineError(self.url, endpoint, None, f"given up: {self._loss.result()}")
+        finally:
+            if not task.done():
+                task.cancel()
+                await asyncio.gather(task, return_exceptions=True)
 
     async def close(self) -> None:
         if self._session is not None:
@@ -136,14 +175,34 @@ class EngineClient:
         }
         if return_routed_experts:
             body |= {"return_routed_experts": True, "routed_experts_start_len": routed_experts_start_len}
-        async with self.gate.through():
-            answer = await self._request("POST", "/generate", body, deadline="generate")
+        tokens = sum(map(len, input_ids)) + sum(p.get("max_new_tokens", DEFAULT_NEW_TOKENS) for p in sampling_params)
+        self.outstanding_tokens += tokens
+        try:
+            answer = await self._unless_lost("/generate", self._pass_through("/generate", body))
+        finally:
+            self.outstanding_tokens -= tokens
         if not isinstance(answer, list) or len(answer) != len(input_ids):
             raise self._nonsense("/generate", f"expected a list of {len(input_ids)} responses", answer)
         try:
             return [read_output(item) for item in answer]
         except (KeyError, TypeError, ValueError) as error:
             raise self._nonsense("/generate", f"unreadable response ({error!r})", answer) from error
+
+    async def _pass_through(self, endpoint: str, body: dict[str, Any]) -> Any:
+        async with self.gate.through():
+            return await self._request("POST", endpoint, body, deadline="generate")
+
+    async def health(self, seconds: float) -> None:
+        """Returns once the engine has computed something, no matter for which request.
+
+        Raises:
+            EngineError: it has not within `seconds`.
+        """
+        try:
+            async with asyncio.timeout(seconds):
+                await self._request("GET", "/health", None, parse=False)
+        except TimeoutError:
+            raise EngineError(self.url, "/health", None, f"nothing computed within {seconds:.0f} s") from None
 
     async def flush_cache(self) -> None:
         """Empty the KV and prefix caches, as soon as no request runs."""

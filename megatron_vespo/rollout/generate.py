@@ -11,7 +11,8 @@ import numpy as np
 
 from megatron_vespo.config import ConfigError, RolloutConfig, SamplingConfig
 from megatron_vespo.errors import RunError
-from megatron_vespo.rollout.client import EngineClient, EngineOutput
+from megatron_vespo.rollout.client import EngineError, EngineOutput
+from megatron_vespo.rollout.fleet import Fleet, Place
 from megatron_vespo.rollout.segments import Response, covers, was_paused
 from megatron_vespo.rollout.trajectory import Group, Prompt, Trajectory
 from megatron_vespo.routing.routes import RoutingShape
@@ -21,7 +22,11 @@ MAX_FRUITLESS_REQUESTS = 100
 
 
 class ResponseError(RunError):
-    """The engine returned something that cannot have been sampled as asked."""
+    """A response that is not what was asked for, and would not be elsewhere: a setting is wrong."""
+
+
+class Nonsense(ResponseError):
+    """The engine returned something that cannot have been sampled as asked: it is broken."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +61,7 @@ class Generation:
 
 
 def generate_groups(
-    client: EngineClient,
+    fleet: Fleet,
     prompts: Sequence[Prompt],
     rollout: RolloutConfig,
     *,
@@ -74,8 +79,9 @@ def generate_groups(
     or of uncertain origin are masked and counted there.
 
     Raises:
-        EngineError: the engine refused a request, or did not answer.
+        EngineError: an engine refused a request; or failed, and nobody replaces it.
         ResponseError: a response that is not what was asked for (see `check`).
+        RunError: several engines failed one after the other with requests of one group.
     """
     generation = Generation(
         samples=rollout.group_size,
@@ -91,11 +97,11 @@ def generate_groups(
         cache_version=cache_version,
         routes=routes,
     )
-    return generate(client, prompts, generation)
+    return generate(fleet, prompts, generation)
 
 
 def generate_responses(
-    client: EngineClient,
+    fleet: Fleet,
     prompts: Sequence[Prompt],
     sampling: SamplingConfig,
     *,
@@ -131,17 +137,17 @@ def generate_responses(
         stream="evaluation",
         weight_version=weight_version,
     )
-    return generate(client, prompts, generation)
+    return generate(fleet, prompts, generation)
 
 
-async def generate(client: EngineClient, prompts: Sequence[Prompt], generation: Generation) -> AsyncIterator[Group]:
+async def generate(fleet: Fleet, prompts: Sequence[Prompt], generation: Generation) -> AsyncIterator[Group]:
     """At most `concurrent_groups` requests at once. When a request fails, or the caller stops, the others are dropped."""
     waiting = deque(prompts)
     running: set[asyncio.Task[Group]] = set()
     try:
         while waiting or running:
             while waiting and len(running) < generation.concurrent_groups:
-                running.add(asyncio.create_task(generate_group(client, waiting.popleft(), generation)))
+                running.add(asyncio.create_task(generate_group(fleet, waiting.popleft(), generation)))
             done, _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
                 group = task.result()
@@ -153,8 +159,8 @@ async def generate(client: EngineClient, prompts: Sequence[Prompt], generation: 
         await asyncio.gather(*running, return_exceptions=True)
 
 
-async def generate_group(client: EngineClient, prompt: Prompt, generation: Generation) -> Group:
-    """All responses to one prompt."""
+async def generate_group(fleet: Fleet, prompt: Prompt, generation: Generation) -> Group:
+    """All responses to one prompt, from one engine as long as it serves."""
     token_ids = prompt.token_ids.tolist()
     # An id beyond the embedding would not be refused by the engine: it would kill it.
     if not token_ids or min(token_ids) < 0 or max(token_ids) >= generation.vocab_size:
@@ -162,45 +168,60 @@ async def generate_group(client: EngineClient, prompt: Prompt, generation: Gener
             f"prompt {prompt.identity}: its token ids are not all within the model's vocabulary of "
             f"{generation.vocab_size}: the tokenizer does not belong to this model"
         )
-    samples = range(generation.samples)
-    outputs = await client.generate(
-        [token_ids] * generation.samples,
-        [sampling_params(generation, prompt.identity, sample) for sample in samples],
-        [request_id(generation, prompt.identity, sample) for sample in samples],
-        return_routed_experts=generation.routes is not None,
-    )
+    place = Place(fleet, f"prompt {prompt.identity}")
+    responses = [Response(prompt, sample) for sample in range(generation.samples)]
+    outputs = await request(place, generation, responses)
     trajectories = await all_or_none(
-        [complete(client, generation, Response(prompt, sample), outputs[sample]) for sample in samples]
+        [complete(place, generation, response, output) for response, output in zip(responses, outputs, strict=True)]
     )
     return Group(prompt, trajectories)
 
 
-async def complete(
-    client: EngineClient, generation: Generation, response: Response, output: EngineOutput
-) -> Trajectory:
+async def complete(place: Place, generation: Generation, response: Response, output: EngineOutput) -> Trajectory:
     """The whole of a response of which `output` is the first part: as often as it is aborted, a new request goes on.
 
-    The engine holds that request for as long as it is paused.
+    The engine's gate holds that request for as long as it is closed.
     """
-    identity, sample = response.prompt.identity, response.sample
     while True:
-        check(output, generation, f"response {sample} to prompt {identity}", response.num_tokens)
         await response.add(output, generation.routes, generation.cache_version)
         finish = response.finish_reason(generation.max_response_tokens, generation.stop_token_ids)
         if finish is not None:
             return response.trajectory(finish)
         if response.fruitless >= MAX_FRUITLESS_REQUESTS:
             raise ResponseError(
-                f"response {sample} to prompt {identity}: aborted {response.fruitless} times before its next token: "
-                f"{output.finish_detail}"
+                f"{response.name}: aborted {response.fruitless} times before its next token: {output.finish_detail}"
             )
-        (output,) = await client.generate(
-            [response.input_ids],
-            [sampling_params(generation, identity, sample, response.num_tokens)],
-            [f"{request_id(generation, identity, sample)}/{response.requests}"],
-            return_routed_experts=generation.routes is not None,
-            routed_experts_start_len=response.first_position,
-        )
+        (output,) = await request(place, generation, [response])
+
+
+async def request(place: Place, generation: Generation, responses: list[Response]) -> list[EngineOutput]:
+    """What the engine samples next of each response, checked, in one request.
+
+    Where the engine fails, or returns nonsense, another one is asked: nothing is lost but what the first had sampled in
+    this request.
+    """
+    while True:
+        client = await place.client()
+        before = client.given_version
+        try:
+            outputs = await client.generate(
+                [response.input_ids for response in responses],
+                [
+                    sampling_params(generation, response.prompt.identity, response.sample, response.num_tokens)
+                    for response in responses
+                ],
+                [request_id(generation, response) for response in responses],
+                return_routed_experts=generation.routes is not None,
+                routed_experts_start_len=responses[0].first_position,
+            )
+            for response, output in zip(responses, outputs, strict=True):
+                check(output, generation, response.name, response.num_tokens)
+                check_versions(output, before, client.given_version, response.name)
+            return outputs
+        except (EngineError, Nonsense) as error:
+            if isinstance(error, EngineError) and error.refused:
+                raise
+            place.failed(client, error)
 
 
 async def all_or_none(work: Sequence[Coroutine[Any, Any, Trajectory]]) -> list[Trajectory]:
@@ -214,8 +235,9 @@ async def all_or_none(work: Sequence[Coroutine[Any, Any, Trajectory]]) -> list[T
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def request_id(generation: Generation, identity: str, sample: int) -> str:
-    return f"{generation.stream}/{identity}/{sample}"
+def request_id(generation: Generation, response: Response) -> str:
+    first = f"{generation.stream}/{response.prompt.identity}/{response.sample}"
+    return first if not response.requests else f"{first}/{response.requests}"
 
 
 def sampling_params(generation: Generation, identity: str, sample: int, sampled: int = 0) -> dict[str, Any]:
@@ -257,7 +279,7 @@ def sample_seed(run_seed: int, stream: str, identity: str, sample: int) -> int:
 
 
 def check(output: EngineOutput, generation: Generation, what: str, sampled: int = 0) -> None:
-    """Raises ResponseError for a response that must not be trained on or graded.
+    """Raises ResponseError, of the kind Nonsense where the engine is broken, for what must not be trained on or graded.
 
     Args:
         sampled: tokens that earlier requests sampled of the same response.
@@ -265,14 +287,14 @@ def check(output: EngineOutput, generation: Generation, what: str, sampled: int 
     length = len(output.token_ids)
     paused = generation.weight_version is None and was_paused(output)
     if output.finish_reason not in ("stop", "length") and not paused:
-        raise ResponseError(f"{what}: the engine ended it: {output.finish_reason} {output.finish_detail}")
+        raise Nonsense(f"{what}: the engine ended it: {output.finish_reason} {output.finish_detail}")
     asked = generation.max_response_tokens - sampled
     if not (0 if paused else 1) <= length <= asked:
-        raise ResponseError(f"{what}: {length} tokens, asked for 1 to {asked}")
+        raise Nonsense(f"{what}: {length} tokens, asked for 1 to {asked}")
     if output.finish_reason == "length" and length != asked:
         raise ResponseError(f"{what}: cut after {length} of {asked} tokens: the engine's context is too short")
     if len(output.log_probs) != length:
-        raise ResponseError(f"{what}: {length} tokens but {len(output.log_probs)} log-probs")
+        raise Nonsense(f"{what}: {length} tokens but {len(output.log_probs)} log-probs")
     if length:
         check_tokens(output, generation, what)
     if generation.deterministic and output.retractions:
@@ -283,17 +305,30 @@ def check(output: EngineOutput, generation: Generation, what: str, sampled: int 
 
 
 def check_tokens(output: EngineOutput, generation: Generation, what: str) -> None:
-    """Raises ResponseError where ids, log-probs or weight versions cannot be those of sampled tokens."""
+    """Raises Nonsense where ids, log-probs or weight versions cannot be those of sampled tokens."""
     ids, length = output.token_ids, len(output.token_ids)
     if ids.min() < 0 or ids.max() >= generation.vocab_size:
-        raise ResponseError(f"{what}: token id {ids.max()} with a vocabulary of {generation.vocab_size}")
+        raise Nonsense(f"{what}: token id {ids.max()} with a vocabulary of {generation.vocab_size}")
     if not np.isfinite(output.log_probs).all() or output.log_probs.max() > 1e-3:
-        raise ResponseError(f"{what}: a log-prob is not finite or above 0")
+        raise Nonsense(f"{what}: a log-prob is not finite or above 0")
     if not covers(output.weight_spans, length):
-        raise ResponseError(f"{what}: its weight versions {output.weight_spans} do not cover its {length} tokens")
+        raise Nonsense(f"{what}: its weight versions {output.weight_spans} do not cover its {length} tokens")
     versions = {span.version for span in output.weight_spans}
     expected = generation.weight_version
     if expected is None and not all(version.isdecimal() for version in versions):
-        raise ResponseError(f"{what}: sampled under weights {versions}, which are not optimizer steps")
+        raise Nonsense(f"{what}: sampled under weights {versions}, which are not optimizer steps")
     if expected is not None and versions != {str(expected)}:
-        raise ResponseError(f"{what}: sampled under weights {versions}, expected {expected}")
+        raise Nonsense(f"{what}: sampled under weights {versions}, expected {expected}")
+
+
+def check_versions(output: EngineOutput, before: int | None, after: int | None, what: str) -> None:
+    """Raises Nonsense where tokens were sampled under other weights than the engine was given.
+
+    Args:
+        before, after: weight version of the engine when the request was made and when it was answered; None: not known.
+    """
+    if before is None or after is None:
+        return
+    for span in output.weight_spans:
+        if not before <= int(span.version) <= after:
+            raise Nonsense(f"{what}: sampled under weights {span.version}, the engine was given {before} to {after}")

@@ -48,6 +48,11 @@ class Response:
     """Of those, the last ones that were aborted before their first token."""
 
     @property
+    def name(self) -> str:
+        """In messages."""
+        return f"response {self.sample} to prompt {self.prompt.identity}"
+
+    @property
     def num_tokens(self) -> int:
         return sum(len(part.output.token_ids) for part in self.parts)
 

@@ -34,7 +34,7 @@ def collect(engine, prompts: list[Prompt], rollout: RolloutConfig, **changes) ->
     settings = settings_of(engine) | changes
 
     async def gather() -> dict[str, Group]:
-        stream = generate_groups(engine.client, prompts, rollout, **settings)
+        stream = generate_groups(engine.fleet, prompts, rollout, **settings)
         return {group.prompt.identity: group async for group in stream}
 
     return engine.run(gather())

@@ -10,6 +10,7 @@ from rollouts import random_prompts
 from test_nonsense_from_engines_is_refused import GENERATION, GOOD
 
 from megatron_vespo.rollout.client import WeightSpan
+from megatron_vespo.rollout.fleet import Fleet
 from megatron_vespo.rollout.generate import MAX_FRUITLESS_REQUESTS, ResponseError, generate_group
 from megatron_vespo.rollout.segments import LARGE_PAYLOAD
 from megatron_vespo.routing.routes import RoutingShape
@@ -59,6 +60,8 @@ def part(tokens: int, *, rows: int, version: str = "7", **changes):
 class Answers:
     """In place of a client: the answers to one request after the other, and what was asked."""
 
+    outstanding_tokens, given_version = 0, None
+
     def __init__(self, *answers):
         self.answers = list(answers)
         self.asked = []
@@ -71,7 +74,7 @@ class Answers:
 def trajectory(*answers, **changes):
     generation = dataclasses.replace(GENERATION, **({"routes": SHAPE} | changes))
     client = Answers(*answers)
-    (found,) = asyncio.run(generate_group(client, PROMPT, generation)).trajectories
+    (found,) = asyncio.run(generate_group(Fleet([client]), PROMPT, generation)).trajectories
     assert not client.answers
     return found, client.asked
 
@@ -103,7 +106,7 @@ def test_sound_routes_are_kept_without_the_dense_layers():
     np.testing.assert_array_equal(found.engine_routes.experts, routes(POSITIONS)[:, 1:])
     assert found.engine_routes.recorded.all() and not found.engine_routes.masked
     assert (found.engine_routes.weight_versions == 7).all()
-    assert asked[0][3] == {"return_routed_experts": True}
+    assert asked[0][3] == {"return_routed_experts": True, "routed_experts_start_len": 0}
 
 
 def test_large_payloads_are_read_in_a_thread_and_are_the_same():
@@ -111,7 +114,7 @@ def test_large_payloads_are_read_in_a_thread_and_are_the_same():
     experts = routes(len(prompt.token_ids) + RESPONSE - 1)
     answers = Answers(dataclasses.replace(WHOLE, routed_experts=payload(experts)))
     assert len(answers.answers[0].routed_experts) > LARGE_PAYLOAD
-    group = asyncio.run(generate_group(answers, prompt, dataclasses.replace(GENERATION, routes=SHAPE)))
+    group = asyncio.run(generate_group(Fleet([answers]), prompt, dataclasses.replace(GENERATION, routes=SHAPE)))
     np.testing.assert_array_equal(group.trajectories[0].engine_routes.experts, experts[:, 1:])
 
 

@@ -44,7 +44,7 @@ def test_log_probs_of_the_sampled_distribution(engine, reference, temperature):
 def test_greedy_evaluation_takes_the_likeliest_token(engine, reference):
     async def gather():
         stream = generate_responses(
-            engine.client,
+            engine.fleet,
             random_prompts(4),
             SamplingConfig(temperature=0.0),
             samples_per_prompt=2,
@@ -73,7 +73,7 @@ def test_evaluation_samples_only_from_the_nucleus(engine, reference):
 
     async def gather():
         stream = generate_responses(
-            engine.client,
+            engine.fleet,
             random_prompts(4, seed=3),
             SamplingConfig(top_p=top_p),
             samples_per_prompt=4,

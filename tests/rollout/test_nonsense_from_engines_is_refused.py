@@ -10,6 +10,7 @@ from rollouts import random_prompts
 from megatron_vespo.config import ConfigError, RolloutConfig, SamplingConfig
 from megatron_vespo.rollout.client import EngineClient, EngineError, EngineOutput, WeightSpan
 from megatron_vespo.rollout.engine_log import first_cause
+from megatron_vespo.rollout.fleet import Fleet
 from megatron_vespo.rollout.generate import Generation, ResponseError, check, generate_groups, generate_responses
 
 GENERATION = Generation(
@@ -136,7 +137,7 @@ def test_a_failed_group_drops_the_others_at_once():
         client._deadlines["generate"] = 20
         rollout = RolloutConfig(group_size=2, concurrent_groups=4)
         stream = generate_groups(
-            client,
+            Fleet([client]),
             random_prompts(4),
             rollout,
             stop_token_ids=[2],
@@ -158,7 +159,7 @@ def test_prompts_of_another_tokenizer_never_reach_the_engine():
 
     async def use(client):
         settings = {"stop_token_ids": [2], "vocab_size": 20, "run_seed": 1, "batch_index": 0, "weight_version": 0}
-        return [g async for g in generate_groups(client, random_prompts(1, low=20), RolloutConfig(), **settings)]
+        return [g async for g in generate_groups(Fleet([client]), random_prompts(1, low=20), RolloutConfig(), **settings)]
 
     with pytest.raises(ConfigError, match="the tokenizer does not belong to this model"):
         against(never, use)
@@ -167,7 +168,7 @@ def test_prompts_of_another_tokenizer_never_reach_the_engine():
 def test_min_p_with_seeds_is_refused():
     with pytest.raises(ConfigError, match="min_p"):
         generate_responses(
-            EngineClient("http://127.0.0.1:1"),
+            Fleet(),
             [],
             SamplingConfig(min_p=0.1),
             samples_per_prompt=1,

@@ -53,7 +53,7 @@ def test_every_position_but_the_last_has_its_routes(engine, reference):
 def test_nothing_is_recorded_where_it_is_not_asked_for(engine):
     async def evaluate():
         stream = generate_responses(
-            engine.client,
+            engine.fleet,
             random_prompts(1),
             SamplingConfig(),
             samples_per_prompt=1,

@@ -39,10 +39,10 @@ def new(other_weights):
 
 def generate_and_interrupt(engine, prompts, rollout, interruption):
     """Trajectories of `prompts`, with `interruption` beside their generation."""
-    client, settings = engine.client, settings_of(engine) | ANY_WEIGHTS
+    settings = settings_of(engine) | ANY_WEIGHTS
 
     async def generate():
-        stream = generate_groups(client, prompts, rollout, **settings)
+        stream = generate_groups(engine.fleet, prompts, rollout, **settings)
         return [t async for group in stream for t in group.trajectories]
 
     async def both():
