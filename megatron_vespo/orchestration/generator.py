@@ -164,6 +164,7 @@ class Generator:
             weight_version=None,
             cache_version=session.weights.cache_version,
             routes=session.routing_shape,
+            response_length=config.rollout.response_length,
         )
 
     def _ended(self, number: int, task: asyncio.Task[None]) -> None:

@@ -1,7 +1,6 @@
 """Groups of responses from an engine: one request a group, each sample with a seed of its own."""
 
 import asyncio
-import hashlib
 from collections import deque
 from collections.abc import AsyncIterator, Coroutine, Sequence
 from dataclasses import dataclass
@@ -9,9 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from megatron_vespo.config import ConfigError, RolloutConfig, SamplingConfig
+from megatron_vespo.config import ConfigError, ResponseLengthConfig, RolloutConfig, SamplingConfig
 from megatron_vespo.errors import RunError
 from megatron_vespo.rollout.client import EngineClient, EngineOutput
+from megatron_vespo.rollout.response_lengths import Ending, drawn_length
+from megatron_vespo.rollout.seeds import sample_seed
 from megatron_vespo.rollout.segments import Response, covers, was_paused
 from megatron_vespo.rollout.trajectory import Group, Prompt, Trajectory
 from megatron_vespo.routing.routes import RoutingShape
@@ -39,6 +40,7 @@ class Generation:
         cache_version: oldest weights under which something in the engine's prefix cache may have been computed; None:
             the cache is emptied at each change of weights.
         routes: what the engine's routes look like; None: they are not asked for.
+        response_length: each response gets a length that is drawn from this; None: the model ends it.
     """
 
     samples: int
@@ -53,6 +55,7 @@ class Generation:
     weight_version: int | None
     cache_version: int | None = None
     routes: RoutingShape | None = None
+    response_length: ResponseLengthConfig | None = None
 
 
 def generate_groups(
@@ -90,6 +93,7 @@ def generate_groups(
         weight_version=weight_version,
         cache_version=cache_version,
         routes=routes,
+        response_length=rollout.response_length,
     )
     return generate(client, prompts, generation)
 
@@ -109,7 +113,7 @@ def generate_responses(
     weight_version: int,
 ) -> AsyncIterator[Group]:
     """For evaluation: any sampling parameters; the same seeds, and so the same noise, in every evaluation of a run. No
-    routes are recorded.
+    routes are recorded, and no lengths are drawn.
 
     Raises:
         ConfigError: min_p in deterministic mode, which SGLang's seeded sampling does not have.
@@ -183,10 +187,12 @@ async def complete(
     The engine holds that request for as long as it is paused.
     """
     identity, sample = response.prompt.identity, response.sample
+    ending = ending_of(generation, identity, sample)
     while True:
-        check(output, generation, f"response {sample} to prompt {identity}", response.num_tokens)
+        left = ending.max_tokens - response.num_tokens
+        check(output, generation, f"response {sample} to prompt {identity}", left)
         await response.add(output, generation.routes, generation.cache_version)
-        finish = response.finish_reason(generation.max_response_tokens, generation.stop_token_ids)
+        finish = response.finish_reason(ending)
         if finish is not None:
             return response.trajectory(finish)
         if response.fruitless >= MAX_FRUITLESS_REQUESTS:
@@ -214,6 +220,16 @@ async def all_or_none(work: Sequence[Coroutine[Any, Any, Trajectory]]) -> list[T
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
+def ending_of(generation: Generation, identity: str, sample: int) -> Ending:
+    """How one response may end."""
+    limit, lengths = generation.max_response_tokens, generation.response_length
+    if lengths is None:
+        return Ending(limit, generation.stop_token_ids, "length")
+    drawn = drawn_length(lengths, generation.run_seed, identity, sample)
+    # One that is drawn longer than the limit is cut there, as one that the model did not end before.
+    return Ending(min(drawn, limit), (), "stop" if drawn <= limit else "length")
+
+
 def request_id(generation: Generation, identity: str, sample: int) -> str:
     return f"{generation.stream}/{identity}/{sample}"
 
@@ -224,7 +240,7 @@ def sampling_params(generation: Generation, identity: str, sample: int, sampled:
     Without deterministic inference it ignores seeds, so none is sent. With it, a token's noise depends on the seed and
     the token's position in prompt and response, so a response that goes on keeps its seed.
     """
-    chosen = generation.sampling
+    chosen, ending = generation.sampling, ending_of(generation, identity, sample)
     params: dict[str, Any] = {
         "temperature": chosen.temperature,
         "top_p": chosen.top_p,
@@ -233,8 +249,10 @@ def sampling_params(generation: Generation, identity: str, sample: int, sampled:
         "frequency_penalty": chosen.frequency_penalty,
         "presence_penalty": chosen.presence_penalty,
         "repetition_penalty": chosen.repetition_penalty,
-        "max_new_tokens": generation.max_response_tokens - sampled,
-        "stop_token_ids": list(generation.stop_token_ids),
+        "max_new_tokens": ending.max_tokens - sampled,
+        "stop_token_ids": list(ending.stop_token_ids),
+        # Else the engine would stop at the eos ids of the model's config and of its tokenizer too.
+        "ignore_eos": generation.response_length is not None,
     }
     if chosen.logit_bias:
         params["logit_bias"] = chosen.logit_bias
@@ -243,34 +261,23 @@ def sampling_params(generation: Generation, identity: str, sample: int, sampled:
     return params
 
 
-def sample_seed(run_seed: int, stream: str, identity: str, sample: int) -> int:
-    """A seed for one sample, 0 <= seed < 2^63: the noise of SGLang's sampler depends only on it, position and token.
-
-    The first 8 bytes, big endian, without the highest bit, of BLAKE2b over the four values, each as text behind its
-    length. The same on every machine and in every version of Python.
-    """
-    digest = hashlib.blake2b(digest_size=8)
-    for value in (run_seed, stream, identity, sample):
-        text = str(value).encode()
-        digest.update(len(text).to_bytes(4, "big") + text)
-    return int.from_bytes(digest.digest(), "big") & (2**63 - 1)
-
-
-def check(output: EngineOutput, generation: Generation, what: str, sampled: int = 0) -> None:
+def check(output: EngineOutput, generation: Generation, what: str, asked: int) -> None:
     """Raises ResponseError for a response that must not be trained on or graded.
 
     Args:
-        sampled: tokens that earlier requests sampled of the same response.
+        asked: tokens that it was allowed to have; those that earlier requests sampled of the same response are not
+            among them.
     """
     length = len(output.token_ids)
     paused = generation.weight_version is None and was_paused(output)
     if output.finish_reason not in ("stop", "length") and not paused:
         raise ResponseError(f"{what}: the engine ended it: {output.finish_reason} {output.finish_detail}")
-    asked = generation.max_response_tokens - sampled
     if not (0 if paused else 1) <= length <= asked:
         raise ResponseError(f"{what}: {length} tokens, asked for 1 to {asked}")
     if output.finish_reason == "length" and length != asked:
         raise ResponseError(f"{what}: cut after {length} of {asked} tokens: the engine's context is too short")
+    if output.finish_reason == "stop" and generation.response_length is not None:
+        raise ResponseError(f"{what}: the engine ended it after {length} of {asked} tokens, though told to ignore stops")
     if len(output.log_probs) != length:
         raise ResponseError(f"{what}: {length} tokens but {len(output.log_probs)} log-probs")
     if length:

@@ -37,11 +37,11 @@ GOOD = EngineOutput(
 
 
 def test_a_good_response_passes():
-    check(GOOD, GENERATION, "response")
+    check(GOOD, GENERATION, "response", 4)
     in_two = dataclasses.replace(GOOD, weight_spans=(WeightSpan("7", 0, 1), WeightSpan("7", 1, 3)))
-    check(in_two, GENERATION, "response")
+    check(in_two, GENERATION, "response", 4)
     retracted = dataclasses.replace(GOOD, retractions=1)
-    check(retracted, dataclasses.replace(GENERATION, deterministic=False), "response")
+    check(retracted, dataclasses.replace(GENERATION, deterministic=False), "response", 4)
 
 
 @pytest.mark.parametrize(
@@ -64,7 +64,7 @@ def test_a_good_response_passes():
 )
 def test_what_cannot_be_trained_on_is_refused(changes, message):
     with pytest.raises(ResponseError, match=message):
-        check(dataclasses.replace(GOOD, **changes), GENERATION, "response")
+        check(dataclasses.replace(GOOD, **changes), GENERATION, "response", 4)
 
 
 def against(handler, use):
