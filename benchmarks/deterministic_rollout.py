@@ -25,7 +25,9 @@ from megatron_vespo.config import EngineConfig, TrainConfig, load_config
 from megatron_vespo.data.prompts import PromptStream
 from megatron_vespo.data.tokenizer import load_tokenizer
 from megatron_vespo.rollout.client import EngineClient
-from megatron_vespo.rollout.generate import Generation, generate
+from megatron_vespo.rollout.fleet import Fleet
+from megatron_vespo.rollout.generate import generate
+from megatron_vespo.rollout.generation import Generation
 from megatron_vespo.rollout.server import EngineServer
 from megatron_vespo.rollout.trajectory import Group, Prompt
 
@@ -68,7 +70,7 @@ async def tokens_per_second(client: EngineClient, prompts: list[Prompt], generat
     """Sampled tokens a second from empty caches, and a digest of what was sampled."""
     await client.flush_cache()
     started = time.perf_counter()
-    groups = [group async for group in generate(client, prompts, generation)]
+    groups = [group async for group in generate(Fleet([client]), prompts, generation)]
     seconds = time.perf_counter() - started
     tokens = sum(len(trajectory.response_ids) for group in groups for trajectory in group.trajectories)
     if tokens != len(prompts) * GROUP_SIZE * RESPONSE_TOKENS:

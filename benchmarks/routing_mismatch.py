@@ -40,7 +40,9 @@ from megatron_vespo.policy.batch import MicroBatch, pack
 from megatron_vespo.policy.policy import MegatronPolicy
 from megatron_vespo.rendezvous import listen
 from megatron_vespo.rollout.client import EngineClient
-from megatron_vespo.rollout.generate import Generation, generate
+from megatron_vespo.rollout.fleet import Fleet
+from megatron_vespo.rollout.generate import generate
+from megatron_vespo.rollout.generation import Generation
 from megatron_vespo.rollout.server import EngineServer
 from megatron_vespo.rollout.trajectory import Trajectory
 from megatron_vespo.routing.routes import Routes
@@ -115,7 +117,7 @@ def sampled(config: TrainConfig, kind: Kind) -> list[Trajectory]:
 
     async def ask(url: str) -> list[Trajectory]:
         async with EngineClient(url) as client:
-            groups = [group async for group in generate(client, prompts, generation)]
+            groups = [group async for group in generate(Fleet([client]), prompts, generation)]
         return [trajectory for group in groups for trajectory in group.trajectories]
 
     with tempfile.TemporaryDirectory() as logs:

@@ -18,6 +18,7 @@ from megatron_vespo.config.objective import EngineCorrection, Kernel, KernelCoef
 from megatron_vespo.config.policy import LayoutConfig, PolicyConfig, RecomputeConfig, ReferenceConfig
 from megatron_vespo.config.rollout import (
     EngineConfig,
+    ResponseLengthConfig,
     RolloutConfig,
     RouterNoiseConfig,
     SamplingConfig,
@@ -65,6 +66,7 @@ __all__ = [
     "ReasoningGymSource",
     "RecomputeConfig",
     "ReferenceConfig",
+    "ResponseLengthConfig",
     "RewardConfig",
     "RolloutConfig",
     "RouterNoiseConfig",

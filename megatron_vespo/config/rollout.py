@@ -69,11 +69,28 @@ class EngineConfig(Section):
             yield "tensor_parallel", "only 1 is supported yet: weights on several engine ranks cannot be verified"
 
 
+class ResponseLengthConfig(Section):
+    """How long responses are, drawn instead of decided by the model: for experiments and benchmarks.
+
+    Each response is exactly as long as a lognormal number, at least 1, decided by run seed, prompt and sample. Nothing
+    else ends it: stop tokens are sampled, and trained on, as any other token. A response that reached its length counts
+    as finished; one whose length is above `max_response_tokens` is cut there, and counts as truncated. Evaluations are
+    sampled without it.
+    """
+
+    median: PositiveFloat
+    """Tokens."""
+    sigma: float = Field(default=1.0, ge=0)
+    """Standard deviation of the length's natural logarithm; 0: all are of one length."""
+
+
 class RolloutConfig(Section):
     group_size: int = Field(default=8, ge=2)
     """Responses to one prompt; a group's advantage needs at least two."""
     max_response_tokens: PositiveInt = 1024
     sampling: SamplingConfig = SamplingConfig()
+    response_length: ResponseLengthConfig | None = None
+    """None: the model ends its responses."""
     truncated: Literal["keep", "mask", "penalise"] = "keep"
     """A response cut at `max_response_tokens`: trained on as graded; not trained on (its reward still counts in its
     group's mean); graded less `truncation_penalty`. Evaluations always grade as is."""
@@ -89,6 +106,12 @@ class RolloutConfig(Section):
             yield (
                 "sampling.temperature",
                 "0 is refused in training: greedy responses of a group are all equal, nothing to learn from",
+            )
+        if self.response_length is not None and self.response_length.median > self.max_response_tokens:
+            yield (
+                "response_length.median",
+                f"{self.response_length.median:g} is above max_response_tokens ({self.max_response_tokens}): most "
+                "responses would be cut. Lower one or raise the other",
             )
         for name in SamplingConfig.model_fields:
             value, neutral = getattr(self.sampling, name), getattr(NEUTRAL_SAMPLING, name)

@@ -12,7 +12,8 @@ from megatron_vespo.orchestration.busy_time import BusyTime
 from megatron_vespo.orchestration.drawn_prompts import DrawnPrompts
 from megatron_vespo.orchestration.mini_batches import settle_truncated
 from megatron_vespo.orchestration.session import Session
-from megatron_vespo.rollout.generate import Generation, generate_group
+from megatron_vespo.rollout.generate import generate_group
+from megatron_vespo.rollout.generation import Generation
 from megatron_vespo.rollout.trajectory import Group, Prompt
 
 
@@ -155,6 +156,7 @@ class Generator:
             weight_version=None,
             cache_version=session.weights.cache_version,
             routes=session.routing_shape,
+            response_length=config.rollout.response_length,
         )
 
     def _ended(self, number: int, task: asyncio.Task[None]) -> None:

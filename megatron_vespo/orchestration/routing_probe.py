@@ -17,7 +17,8 @@ from megatron_vespo.orchestration.policy_group import RecordedRoutes
 from megatron_vespo.orchestration.session import Session
 from megatron_vespo.orchestration.supervision import all_of
 from megatron_vespo.policy.result import TokenScores
-from megatron_vespo.rollout.generate import Generation, generate_group
+from megatron_vespo.rollout.generate import generate_group
+from megatron_vespo.rollout.generation import Generation
 from megatron_vespo.rollout.trajectory import Group, Trajectory
 from megatron_vespo.rollout.trajectory_file import write_trajectories
 from megatron_vespo.routing.routes import Routes, least_agreement

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from megatron_vespo.rollout.client import EngineOutput, WeightSpan
+from megatron_vespo.rollout.response_lengths import Ending
 from megatron_vespo.rollout.trajectory import FinishReason, Prompt, Segment, Trajectory
 from megatron_vespo.routing.codec import RoutesError, decode
 from megatron_vespo.routing.routes import Routes, RoutingShape, joined, masked_routes, recorded_routes
@@ -80,17 +81,17 @@ class Response:
         # The engine's string is more than five times as large as what was read from it.
         self.parts.append(Part(replace(output, routed_experts=None), routes))
 
-    def finish_reason(self, max_tokens: int, stop_token_ids: tuple[int, ...]) -> FinishReason | None:
+    def finish_reason(self, ending: Ending) -> FinishReason | None:
         """How the response ended; None: it was aborted and must go on."""
         if not self.parts:
             return None
         output = self.parts[-1].output
         if output.finish_reason != "abort":
-            return "stop" if output.finish_reason == "stop" else "length"
+            return "stop" if output.finish_reason == "stop" else ending.at_max
         # The engine lets an abort come before any other end of the same token.
-        if output.token_ids[-1] in stop_token_ids:
+        if output.token_ids[-1] in ending.stop_token_ids:
             return "stop"
-        return "length" if self.num_tokens >= max_tokens else None
+        return ending.at_max if self.num_tokens >= ending.max_tokens else None
 
     def trajectory(self, finish_reason: FinishReason) -> Trajectory:
         outputs = [part.output for part in self.parts]

@@ -11,7 +11,8 @@ from test_nonsense_from_engines_is_refused import GENERATION, GOOD
 
 from megatron_vespo.rollout.client import WeightSpan
 from megatron_vespo.rollout.fleet import Fleet
-from megatron_vespo.rollout.generate import MAX_FRUITLESS_REQUESTS, ResponseError, generate_group
+from megatron_vespo.rollout.generate import MAX_FRUITLESS_REQUESTS, generate_group
+from megatron_vespo.rollout.response_checks import ResponseError
 from megatron_vespo.rollout.segments import LARGE_PAYLOAD
 from megatron_vespo.routing.routes import RoutingShape
 

@@ -11,7 +11,9 @@ from megatron_vespo.config import ConfigError, RolloutConfig, SamplingConfig
 from megatron_vespo.rollout.client import EngineClient, EngineError, EngineOutput, WeightSpan
 from megatron_vespo.rollout.engine_log import first_cause
 from megatron_vespo.rollout.fleet import Fleet
-from megatron_vespo.rollout.generate import Generation, ResponseError, check, generate_groups, generate_responses
+from megatron_vespo.rollout.generate import generate_groups, generate_responses
+from megatron_vespo.rollout.generation import Generation
+from megatron_vespo.rollout.response_checks import ResponseError, check
 
 GENERATION = Generation(
     samples=1,
@@ -38,11 +40,11 @@ GOOD = EngineOutput(
 
 
 def test_a_good_response_passes():
-    check(GOOD, GENERATION, "response")
+    check(GOOD, GENERATION, "response", 4)
     in_two = dataclasses.replace(GOOD, weight_spans=(WeightSpan("7", 0, 1), WeightSpan("7", 1, 3)))
-    check(in_two, GENERATION, "response")
+    check(in_two, GENERATION, "response", 4)
     retracted = dataclasses.replace(GOOD, retractions=1)
-    check(retracted, dataclasses.replace(GENERATION, deterministic=False), "response")
+    check(retracted, dataclasses.replace(GENERATION, deterministic=False), "response", 4)
 
 
 @pytest.mark.parametrize(
@@ -65,7 +67,7 @@ def test_a_good_response_passes():
 )
 def test_what_cannot_be_trained_on_is_refused(changes, message):
     with pytest.raises(ResponseError, match=message):
-        check(dataclasses.replace(GOOD, **changes), GENERATION, "response")
+        check(dataclasses.replace(GOOD, **changes), GENERATION, "response", 4)
 
 
 def against(handler, use):
@@ -159,7 +161,9 @@ def test_prompts_of_another_tokenizer_never_reach_the_engine():
 
     async def use(client):
         settings = {"stop_token_ids": [2], "vocab_size": 20, "run_seed": 1, "batch_index": 0, "weight_version": 0}
-        return [g async for g in generate_groups(Fleet([client]), random_prompts(1, low=20), RolloutConfig(), **settings)]
+        return [
+            g async for g in generate_groups(Fleet([client]), random_prompts(1, low=20), RolloutConfig(), **settings)
+        ]
 
     with pytest.raises(ConfigError, match="the tokenizer does not belong to this model"):
         against(never, use)

@@ -4,7 +4,7 @@ import pytest
 from rollouts import collect, random_prompts, sampled
 
 from megatron_vespo.config import RolloutConfig
-from megatron_vespo.rollout.generate import sample_seed
+from megatron_vespo.rollout.seeds import sample_seed
 
 
 @pytest.mark.engine

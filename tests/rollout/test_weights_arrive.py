@@ -7,7 +7,7 @@ from tiny_engine import running_engine, write_tiny_qwen3_moe
 
 from megatron_vespo.config import RolloutConfig
 from megatron_vespo.rollout.fused_checksums import compare_checksums, expected_checksums
-from megatron_vespo.rollout.generate import ResponseError
+from megatron_vespo.rollout.response_checks import ResponseError
 
 pytestmark = pytest.mark.engine
 
