@@ -18,7 +18,7 @@ def first_cause(log: str) -> str:
             cause = _root_exception(entry.split("Traceback (most recent call last):", 1)[1])
             if cause:
                 return cause
-    lines = [line.strip() for line in log.splitlines() if line.strip()]
+    lines = [line.strip() for line in log.splitlines() if line.strip() and not any(text in line for text in HARMLESS)]
     errors = [line for line in lines if "rror" in line]
     return (errors or lines or ["it printed nothing"])[0 if errors else -1]
 
