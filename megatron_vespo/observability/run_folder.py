@@ -15,7 +15,7 @@ Rows = list[dict[str, Any]]
 FILES = {
     "config.yaml": "the resolved configuration",
     "metrics.jsonl": "every measurement",
-    "weights.jsonl": "log W, phi and advantage of every trajectory at every step",
+    "weights.jsonl": "prompts of every step, and log W, phi and advantage of every trajectory",
     "routing.jsonl": "agreement and load of every MoE layer at every step",
     "samples_before.json": "sample responses before training",
     "samples_after.json": "sample responses after training",

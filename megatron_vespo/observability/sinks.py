@@ -22,7 +22,9 @@ class MetricSink(Protocol):
 
     def write(self, row: Row) -> None: ...
 
-    def write_weights(self, step: int, staleness: int, arrays: Mapping[str, Sequence[float]]) -> None: ...
+    def write_weights(
+        self, step: int, staleness: int, arrays: Mapping[str, Sequence[float]], prompts: Sequence[str]
+    ) -> None: ...
 
     def write_routing(self, step: int, arrays: Mapping[str, Sequence[float]]) -> None: ...
 
@@ -53,15 +55,16 @@ class Metrics:
             sink.write(row)
         return row
 
-    def write_weights(self, step: int, staleness: int, arrays: Mapping[str, Any]) -> None:
+    def write_weights(self, step: int, staleness: int, arrays: Mapping[str, Any], prompts: Sequence[str] = ()) -> None:
         """Write the per-trajectory values of one optimizer step.
 
         Args:
             arrays: log_weight, phi, advantage, each a vector [trajectories] in one fixed order.
+            prompts: identities of the step's prompts, each once.
         """
         vectors = {name: np.asarray(arrays[name], dtype=np.float64).ravel().tolist() for name in sorted(arrays)}
         for sink in self.sinks:
-            sink.write_weights(int(step), int(staleness), vectors)
+            sink.write_weights(int(step), int(staleness), vectors, prompts)
 
     def write_routing(self, step: int, arrays: Mapping[str, Any]) -> None:
         """Write figures of each MoE layer of one optimizer step: vectors [MoE layers], the first layer first."""
@@ -109,8 +112,10 @@ class JsonlSink:
         self.metrics.write(json.dumps(strict_json(row), allow_nan=False) + "\n")
         self.metrics.flush()
 
-    def write_weights(self, step: int, staleness: int, arrays: Mapping[str, Sequence[float]]) -> None:
-        _write_vectors(self.weights, {"step": step, "staleness": staleness}, arrays)
+    def write_weights(
+        self, step: int, staleness: int, arrays: Mapping[str, Sequence[float]], prompts: Sequence[str]
+    ) -> None:
+        _write_vectors(self.weights, {"step": step, "staleness": staleness, "prompts": list(prompts)}, arrays)
 
     def write_routing(self, step: int, arrays: Mapping[str, Sequence[float]]) -> None:
         if self.routing is None:

@@ -35,7 +35,9 @@ class TensorBoardSink:
         self.writer.add_event(Event(wall_time=row["timestamp"], step=row["step"], summary=Summary(value=values)))
         self.writer.flush()
 
-    def write_weights(self, step: int, staleness: int, arrays: Mapping[str, Sequence[float]]) -> None:
+    def write_weights(
+        self, step: int, staleness: int, arrays: Mapping[str, Sequence[float]], prompts: Sequence[str]
+    ) -> None:
         for name, vector in arrays.items():
             finite = [value for value in vector if math.isfinite(value)]
             if finite:

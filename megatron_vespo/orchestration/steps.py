@@ -101,7 +101,8 @@ def record_step(
     # What is masked out of the loss has no weight that means anything.
     counted = sequences["tokens"] > 0
     vectors = {name: sequences[name][counted] for name in ("log_weight", "phi", "advantage")}
-    session.metrics.write_weights(step, max(ages), vectors | {"age": np.array(ages)[counted]})
+    prompts = list(dict.fromkeys(t.prompt.identity for t in trajectories))
+    session.metrics.write_weights(step, max(ages), vectors | {"age": np.array(ages)[counted]}, prompts)
     session.tally.max_staleness_seen = max(session.tally.max_staleness_seen, *ages)
 
 

@@ -36,11 +36,13 @@ def test_each_line_is_on_disk_when_write_returns(tmp_path):
 def test_numbers_that_are_not_finite_are_null_and_named(tmp_path):
     with Metrics([JsonlSink(tmp_path)]) as metrics:
         metrics.write("step", 1, {"loss": float("nan"), "grad_norm": float("inf"), "ess": 1.0})
-        metrics.write_weights(1, 0, {"log_weight": [0.25, float("-inf")]})
+        metrics.write_weights(1, 0, {"log_weight": [0.25, float("-inf")]}, ["a/1"])
     row = json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=lambda name: pytest.fail(name))
     assert row["loss"] is None and row["grad_norm"] is None and row["ess"] == 1.0
     assert row["not_finite"] == {"loss": "nan", "grad_norm": "inf"}
-    assert lines(tmp_path / "weights.jsonl") == [{"step": 1, "staleness": 0, "log_weight": [0.25, None]}]
+    assert lines(tmp_path / "weights.jsonl") == [
+        {"step": 1, "staleness": 0, "prompts": ["a/1"], "log_weight": [0.25, None]}
+    ]
 
 
 def test_a_value_that_is_no_scalar_is_refused_by_name(tmp_path):
