@@ -17,6 +17,7 @@ from megatron_vespo.config.model import ModelConfig, OptimizerConfig
 from megatron_vespo.config.objective import EngineCorrection, Kernel, KernelCoefficients, KLConfig, ObjectiveConfig
 from megatron_vespo.config.policy import LayoutConfig, PolicyConfig, RecomputeConfig, ReferenceConfig
 from megatron_vespo.config.rollout import (
+    DiskSyncConfig,
     EngineConfig,
     RolloutConfig,
     RouterNoiseConfig,
@@ -45,6 +46,7 @@ __all__ = [
     "CustomSource",
     "DataConfig",
     "DemonstrationsConfig",
+    "DiskSyncConfig",
     "EngineConfig",
     "EngineCorrection",
     "EvaluateConfig",

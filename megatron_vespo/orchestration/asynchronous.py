@@ -33,8 +33,9 @@ async def train(session: Session) -> None:
             session.tally.trajectories_used += len(trajectories)
             training.set(False, time.monotonic())
             if progress.step % algorithm.sync_every == 0 and progress.step < algorithm.steps:
+                holding = time.monotonic()
                 async with generator.held():
-                    await sync_weights(session)
+                    await sync_weights(session, holding)
                 if session.weights.syncs % algorithm.asynchronous.mismatch_every == 0:
                     await measure_mismatch(session)
             if session.evaluation_due():
@@ -55,6 +56,7 @@ async def train(session: Session) -> None:
 
 async def evaluate_held_out(session: Session, generator: Generator) -> None:
     """With the trainer's weights of now, beside what is being sampled."""
+    holding = time.monotonic()
     async with generator.held():
-        await sync_weights(session)
+        await sync_weights(session, holding)
     await evaluate_policy(session, "during")

@@ -39,6 +39,7 @@ class Engine:
         self._supervisor.watch(PART, self._actor.hold.remote())
         self._client = EngineClient(
             url,
+            ranks=self._settings["engine"].tensor_parallel,
             timeout_seconds=self._settings["engine"].request_timeout_seconds,
             weights_timeout_seconds=self._weights_timeout_seconds,
         )

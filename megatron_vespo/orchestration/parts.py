@@ -57,14 +57,12 @@ class Parts:
         supervisor = self._runtime.supervisor
         self._weights = WeightUpdater(
             self._policy,
-            self._engine.client,
             supervisor,
             config.weight_sync,
-            engine_ranks=config.rollout.engine.tensor_parallel,
             engine_dtype=config.rollout.engine.dtype or config.model.dtype,
             backend=communication_backend(gpus),
         )
-        await timed("weight transport", self._weights.connect())
+        await timed("weight transport", self._weights.connect([self._engine.client]))
         return Session(
             config=config,
             sampler=Sampler(

@@ -153,7 +153,7 @@ async def restore(session: Session, checkpoint: Path) -> None:
     session.tally = Tally(**saved["tally"])
     session.elapsed_before = saved["elapsed_seconds"]
     if saved["weights"]["version"] == saved["step"]:
-        await session.weights.sync(saved["step"])
+        await session.weights.sync(saved["step"], [session.sampler.client])
     session.weights.syncs = saved["weights"]["syncs"]
     session.weights.mismatches = saved["weights"]["mismatches"]
     session.console.event(f"resumed after step {saved['step']} from {checkpoint}")

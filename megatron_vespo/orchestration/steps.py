@@ -115,28 +115,34 @@ async def evaluate_policy(session: Session, when: str) -> None:
     await evaluate(session, when, session.progress.step)
 
 
-async def sync_weights(session: Session) -> None:
-    """Bring the trainer's weights to the engine, as weight version `step`, unless it has them; probe a new engine."""
+async def sync_weights(session: Session, held_since: float | None = None) -> None:
+    """Bring the trainer's weights to the engine, as weight version `step`, unless it has them; probe a new engine.
+
+    `held_since`: when (`time.monotonic`) requests began to be held for it, where any were running.
+    """
     if session.weights.weight_version != session.progress.step:
-        await send_weights(session)
+        await send_weights(session, held_since)
     if not session.engine_probed:
         await probe_engine_routes(session)
 
 
-async def send_weights(session: Session) -> None:
+async def send_weights(session: Session, held_since: float | None = None) -> None:
     session.console.phase("syncing weights")
-    step = session.progress.step
-    report = await session.weights.sync(weight_version=step)
+    step, started = session.progress.step, held_since or time.monotonic()
+    report = await session.weights.sync(step, [session.sampler.client])
     session.record(
         "sync",
         step,
         {
             "weight_version": report.weight_version,
+            "transport": report.transport,
+            "engines": report.engines,
             "bytes": report.bytes,
             "buckets": report.buckets,
             "verified": report.verified,
             "mismatches": session.weights.mismatches,
-            "time/sync": sum(report.seconds.values()),
+            "time/pause": time.monotonic() - started,
+            "time/sync": report.total_seconds,
             **{f"time/{name}": seconds for name, seconds in report.seconds.items()},
         },
     )
