@@ -94,10 +94,14 @@ def tiny_server(model_path: Path, log_path: Path, **changes) -> EngineServer:
 
 
 @contextmanager
-def running_engine(model_path: Path, log_path: Path, **changes) -> Iterator[RunningEngine]:
+def running_engine(
+    model_path: Path, log_path: Path, *, ranks: int = 1, name: str = "engine", **changes
+) -> Iterator[RunningEngine]:
+    """Of `ranks` tensor-parallel processes."""
     loop = asyncio.new_event_loop()
-    with tiny_server(model_path, log_path, **changes) as server:
-        client = EngineClient(server.url, timeout_seconds=120, weights_timeout_seconds=60)
+    engine = EngineConfig(startup_timeout_seconds=300, tensor_parallel=ranks)
+    with tiny_server(model_path, log_path, **({"engine": engine} | changes)) as server:
+        client = EngineClient(server.url, name=name, ranks=ranks, timeout_seconds=120, weights_timeout_seconds=60)
         try:
             yield RunningEngine(server, client, model_path, loop)
         finally:

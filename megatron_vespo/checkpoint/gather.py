@@ -1,10 +1,10 @@
-"""The whole model's Hugging Face tensors on rank 0, one layer at a time: for weight sync and for export."""
+"""The whole model's Hugging Face tensors on rank 0, piece by piece: for weight sync and for export."""
 
 import itertools
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -30,53 +30,98 @@ def parameter_data(parameter: Parameter) -> Tensor:
 def gather_hf_tensors(
     model_chunks: Sequence[Any], architecture: Architecture, value: Callable[[Parameter], Tensor] = parameter_data
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield (name, full tensor) in the table's fixed order on global rank 0, and nothing on any other rank.
-
-    Collective over all ranks, in every layout. Layer by layer, each shard comes from the lowest rank that has it, all
-    that a rank has to send of a layer in one message; rank 0 holds no more than one layer besides its own share. Every
-    rank must call it AND exhaust the iterator (`for _ in gather_hf_tensors(...): pass`): a generator that is not run
-    sends nothing, and rank 0 waits.
-
-    Tensors are contiguous, on the parameters' device and in the dtype of `value`. Many are views of the live
-    parameters: use or copy them before the next optimizer step, and never write to them.
-
-    Args:
-        value: what is gathered of a parameter (itself, its gradient): a tensor of its shape on its device, of one dtype
-            for all. Called once for each; what it gives is kept until the end.
-
-    Raises:
-        RuntimeError: this rank's part of the model is not this architecture's (as `local_parameters`); or, on every
-            rank alike: the ranks together don't hold all of it, `value` gives other shapes or more than one dtype.
-    """
-    table = table_of(architecture)
-    held = {
-        (local.place.name, local.index): (local.parameter, value(local.parameter).contiguous())
-        for local in local_parameters(model_chunks, table, architecture)
-    }
-    share = share_of(unwrap_model(list(model_chunks)), table, architecture)
-    shares = _shares_of_all_ranks(share, held)
-    tensors = {shard: tensor for shard, (_, tensor) in held.items()}
-    for layer, group in itertools.groupby(table.places(architecture), key=lambda place: place.layer):
-        places = list(group)
-        yield from _gather_layer(places, _senders(places, layer, shares), shares, tensors, architecture)
+    """As `GatherPlan.tensors`, layer by layer, of a plan that is used once."""
+    yield from GatherPlan(model_chunks, architecture).tensors(value)
 
 
-def _shares_of_all_ranks(mine: Share, held: dict[Shard, tuple[Parameter, Tensor]]) -> list[Share]:
-    """By rank. Raises RuntimeError on every rank if any one's values are not alike, or not of their parameters' shape."""
-    problems = [
-        f"{name}: value of shape {list(tensor.shape)}, not {list(parameter.shape)}"
-        for (name, _), (parameter, tensor) in held.items()
-        if tensor.shape != parameter.shape
-    ]
-    dtypes = {str(tensor.dtype) for _, tensor in held.values()}
-    told: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(told, (mine, problems, dtypes))
-    problems = [problem for _, theirs, _ in told for problem in theirs]
-    if len(dtypes := set().union(*(theirs for _, _, theirs in told))) > 1:
-        problems.append(f"tensors of one dtype can be gathered, not of {', '.join(sorted(dtypes))}")
-    if problems:
-        raise RuntimeError("\n".join(problems))
-    return [share for share, _, _ in told]
+class Piece(NamedTuple):
+    """What travels together."""
+
+    places: list[Place]
+    senders: dict[Shard, int]
+    """Shard -> the lowest rank that holds it, of all `places`, in their order."""
+
+
+class GatherPlan:
+    """Which rank sends which shard of a model, settled once for all gatherings of it."""
+
+    def __init__(
+        self, model_chunks: Sequence[Any], architecture: Architecture, piece_elements: int | None = None
+    ) -> None:
+        """Collective over all ranks.
+
+        Args:
+            piece_elements: about how many numbers travel together, at most a layer; None: always a layer.
+
+        Raises:
+            RuntimeError: this rank's part of the model is not this architecture's (as `local_parameters`); or, on every
+                rank alike: the ranks together don't hold all of it.
+        """
+        table = table_of(architecture)
+        self._architecture = architecture
+        self._parameters = {
+            (local.place.name, local.index): local.parameter
+            for local in local_parameters(model_chunks, table, architecture)
+        }
+        share = share_of(unwrap_model(list(model_chunks)), table, architecture)
+        self._shares: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(self._shares, share)
+        self._pieces = [
+            Piece(places, _senders(places, places[0].layer, self._shares))
+            for places in _cut(table.places(architecture), piece_elements)
+        ]
+
+    @torch.no_grad()
+    def tensors(self, value: Callable[[Parameter], Tensor] = parameter_data) -> Iterator[tuple[str, Tensor]]:
+        """Yield (name, full tensor) in the table's fixed order on global rank 0, and nothing on any other rank.
+
+        Collective over all ranks, in every layout. Each shard comes from the lowest rank that has it, all that a rank has
+        to send of a piece in one message; rank 0 holds no more than one piece besides its own share. Every rank must call
+        it AND exhaust the iterator: a generator that is not run sends nothing, and rank 0 waits.
+
+        Tensors are contiguous, on the parameters' device and in the dtype of `value`. Many are views of the live
+        parameters: use or copy them before the next optimizer step, and never write to them.
+
+        Args:
+            value: what is gathered of a parameter (itself, its gradient): a tensor of its shape on its device, of one
+                dtype for all. Called once for each; what it gives is kept until the end.
+
+        Raises:
+            RuntimeError: on every rank alike: `value` gives other shapes or more than one dtype.
+        """
+        held = {shard: value(parameter).contiguous() for shard, parameter in self._parameters.items()}
+        self._require_alike(held)
+        for piece in self._pieces:
+            yield from _gather_piece(piece, self._shares, held, self._architecture)
+
+    def _require_alike(self, held: dict[Shard, Tensor]) -> None:
+        """Raises RuntimeError on every rank if any one's values are not alike, or not of their parameters' shape."""
+        problems = [
+            f"{name}: value of shape {list(tensor.shape)}, not {list(self._parameters[name, index].shape)}"
+            for (name, index), tensor in held.items()
+            if tensor.shape != self._parameters[name, index].shape
+        ]
+        told: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(told, (problems, {str(tensor.dtype) for tensor in held.values()}))
+        problems = [problem for theirs, _ in told for problem in theirs]
+        if len(dtypes := set().union(*(theirs for _, theirs in told))) > 1:
+            problems.append(f"tensors of one dtype can be gathered, not of {', '.join(sorted(dtypes))}")
+        if problems:
+            raise RuntimeError("\n".join(problems))
+
+
+def _cut(places: Iterator[Place], piece_elements: int | None) -> Iterator[list[Place]]:
+    """Consecutive places of one layer, of about so many numbers in all; at least one."""
+    for _, layer in itertools.groupby(places, key=lambda place: place.layer):
+        piece, elements = [], 0
+        for place in layer:
+            size = math.prod(place.entry.megatron_shape)
+            if piece and piece_elements is not None and elements + size > piece_elements:
+                yield piece
+                piece, elements = [], 0
+            piece.append(place)
+            elements += size
+        yield piece
 
 
 def _senders(places: list[Place], layer: int | None, shares: list[Share]) -> dict[Shard, int]:
@@ -105,13 +150,10 @@ def _number_of_shards(place: Place, shares: list[Share]) -> int:
     return size
 
 
-def _gather_layer(
-    places: list[Place],
-    senders: dict[Shard, int],
-    shares: list[Share],
-    held: dict[Shard, Tensor],
-    architecture: Architecture,
+def _gather_piece(
+    piece: Piece, shares: list[Share], held: dict[Shard, Tensor], architecture: Architecture
 ) -> Iterator[tuple[str, Tensor]]:
+    places, senders = piece
     if dist.get_rank() != 0:
         if mine := [held[shard] for shard, rank in senders.items() if rank == dist.get_rank()]:
             _exchange([dist.P2POp(dist.isend, _as_bytes(mine), 0)])

@@ -6,6 +6,7 @@ with the header's length, a JSON header with each tensor's dtype, shape and byte
 
 import json
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
@@ -69,7 +70,7 @@ class RowReader:
 class RowWriter:
     """Writes one file. Tensors come in the order that was announced, each in as many row blocks as wanted."""
 
-    def __init__(self, stream: DirectWriter, tensors: dict[str, tuple[Shape, torch.dtype]]):
+    def __init__(self, stream: DirectWriter | BinaryIO, tensors: dict[str, tuple[Shape, torch.dtype]]):
         """Announce all tensors: name -> (shape, dtype)."""
         header: dict[str, object] = {"__metadata__": {"format": "pt"}}
         position = 0

@@ -17,6 +17,7 @@ from megatron_vespo.config.model import ModelConfig, OptimizerConfig
 from megatron_vespo.config.objective import EngineCorrection, Kernel, KernelCoefficients, KLConfig, ObjectiveConfig
 from megatron_vespo.config.policy import LayoutConfig, PolicyConfig, RecomputeConfig, ReferenceConfig
 from megatron_vespo.config.rollout import (
+    DiskSyncConfig,
     EngineConfig,
     ResponseLengthConfig,
     RolloutConfig,
@@ -46,6 +47,7 @@ __all__ = [
     "CustomSource",
     "DataConfig",
     "DemonstrationsConfig",
+    "DiskSyncConfig",
     "EngineConfig",
     "EngineCorrection",
     "EvaluateConfig",

@@ -43,7 +43,7 @@ class EngineConfig(Section):
     dtype: Literal["float32", "bfloat16"] | None = None
     """None: the model's."""
     tensor_parallel: PositiveInt = 1
-    """Processes (and GPUs) of each."""
+    """Processes (GPUs) that share an engine's weights. Must divide the model's heads and intermediate sizes."""
     max_total_tokens: PositiveInt | None = None
     """Size of the KV cache in tokens; None lets SGLang decide from memory."""
     max_running_requests: PositiveInt | None = None
@@ -63,10 +63,6 @@ class EngineConfig(Section):
     """None: the router as it is."""
     extra_arguments: dict[str, Any] = Field(default_factory=dict)
     """Further arguments of `sglang.launch_server`, e.g. {"enable-metrics": true}."""
-
-    def own_problems(self) -> Iterator[tuple[str, str]]:
-        if self.tensor_parallel > 1:
-            yield "tensor_parallel", "only 1 is supported yet: weights on several engine ranks cannot be verified"
 
 
 class ResponseLengthConfig(Section):
@@ -123,12 +119,30 @@ class RolloutConfig(Section):
                 )
 
 
+class DiskSyncConfig(Section):
+    folder: str | None = None
+    """Where trainer and engines both see it. A sync leaves nothing there."""
+    changed_only: bool = False
+    """Write and load only tensors that differ from what the engines have."""
+
+
 class WeightSyncConfig(Section):
     bucket_mb: PositiveFloat = 512.0
-    """Tensors are flattened into buckets of about this size and broadcast one by one."""
+    """Tensors are flattened into buckets of about this size (MiB); a tensor that is larger has a bucket of its own.
+    A sync takes up to two buckets of memory in each process: one is gathered while the one before is sent."""
+    transport: Literal["auto", "collective", "shared_memory", "disk"] = "auto"
+    """`collective`: broadcast (NCCL on CUDA, gloo elsewhere), also across hosts. `shared_memory`: engines copy from the
+    trainer's memory, on the same host; on CUDA only engines that see the trainer's GPU. `disk`: through `disk.folder`.
+    `auto`: shared memory on CPU where all engines are on the trainer's host, else collective."""
+    disk: DiskSyncConfig = DiskSyncConfig()
     verify_every: PositiveInt = 10
-    """Compare the checksum of every tensor on the engine at the start and at each such sync."""
+    """Compare the checksum of every tensor on every engine at the start and at each such sync; on a new engine always."""
     flush_cache: bool = True
-    """Empty the engine's prefix cache at each sync, not only at a run's first. Kept, it serves prompts computed under older
-    weights; their routes are then marked with the older version and not replayed."""
+    """Empty the engines' prefix caches at each sync, not only at a run's first. Kept, they serve prompts computed under
+    older weights; their routes are then marked with the older version and not replayed."""
     timeout_seconds: PositiveFloat = 600.0
+    """Of a whole sync, and of verifying it. An engine that is not done by then is given up."""
+
+    def own_problems(self) -> Iterator[tuple[str, str]]:
+        if self.transport == "disk" and self.disk.folder is None:
+            yield "disk.folder", "is missing: transport disk needs a folder that trainer and engines both see"

@@ -34,8 +34,8 @@ async def train(session: Session) -> None:
             session.tally.trajectories_used += len(trajectories)
             training.set(False, time.monotonic())
             if progress.step % algorithm.sync_every == 0 and progress.step < algorithm.steps:
-                async with generator.held():
-                    await sync_weights(session)
+                async with generator.held() as held_since:
+                    await sync_weights(session, held_since)
                 if session.weights.syncs % algorithm.asynchronous.mismatch_every == 0:
                     await measure_mismatch(session)
             if session.evaluation_due():
@@ -56,6 +56,6 @@ async def train(session: Session) -> None:
 
 async def evaluate_held_out(session: Session, generator: Generator) -> None:
     """With the trainer's weights of now, beside what is being sampled."""
-    async with generator.held():
-        await sync_weights(session)
+    async with generator.held() as held_since:
+        await sync_weights(session, held_since)
     await evaluate_policy(session, "during")

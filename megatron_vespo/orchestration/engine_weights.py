@@ -1,6 +1,7 @@
 """The trainer's weights to the engines: to all of them after steps, to one that was started again while others sample."""
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
@@ -12,20 +13,26 @@ from megatron_vespo.rollout.client import EngineClient
 T = TypeVar("T")
 
 
-async def send_weights(session: Session, receivers: Callable[[], list[EngineClient]]) -> None:
-    """As weight version `step`; the engines serve then."""
+async def send_weights(
+    session: Session, receivers: Callable[[], list[EngineClient]], held_since: float | None = None
+) -> None:
+    """As weight version `step`; the engines serve then. `held_since`: see `steps.sync_weights`."""
     session.console.phase("syncing weights")
+    started = held_since or time.monotonic()
     report = await deliver(session, receivers)
     session.record(
         "sync",
         session.progress.step,
         {
             "weight_version": report.weight_version,
+            "transport": report.transport,
+            "engines": report.engines,
             "bytes": report.bytes,
             "buckets": report.buckets,
             "verified": report.verified,
             "mismatches": session.weights.mismatches,
-            "time/sync": sum(report.seconds.values()),
+            "time/pause": time.monotonic() - started,
+            "time/sync": report.total_seconds,
             **{f"time/{name}": seconds for name, seconds in report.seconds.items()},
         },
     )

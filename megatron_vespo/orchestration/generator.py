@@ -83,18 +83,19 @@ class Generator:
         return groups
 
     @asynccontextmanager
-    async def held(self) -> AsyncIterator[None]:
-        """Inside, the weights may change. What runs is treated as `asynchronous.update` says."""
+    async def held(self) -> AsyncIterator[float]:
+        """Inside, the weights may change. What runs is treated as `asynchronous.update` says. Gives `time.monotonic()` of
+        the moment from which requests were held."""
         session = self._session
         asynchronous = session.config.algorithm.asynchronous
         assert asynchronous is not None
         fleet, supervisor = session.sampler.fleet, session.sampler.supervisor
         seconds = session.config.rollout.engine.request_timeout_seconds
-        self._holding = True
+        self._holding, since = True, time.monotonic()
         holding = fleet.hold(asynchronous.update)
         running = await supervisor.wait("end, pause or finish what is being sampled", holding, seconds)
         try:
-            yield
+            yield since
         finally:
             await fleet.release()
             self._holding = False

@@ -166,10 +166,10 @@ class PolicyGroup:
         calls = [from_part(f"{PART} rank {rank}", call(actor, rank)) for rank, actor in enumerate(self.ranks)]
         return await self._supervisor.wait(what, all_of(*calls), seconds or self._timeout_seconds)
 
-    async def on_first(self, what: str, call: Callable[[Any], ObjectRef]) -> Any:
-        """`call(actor)` on rank 0 alone."""
+    async def on_first(self, what: str, call: Callable[[Any], ObjectRef], seconds: float | None = None) -> Any:
+        """`call(actor)` on rank 0 alone; `seconds` as in `on_all`."""
         answer = from_part(f"{PART} rank 0", call(self.ranks[0]))
-        return await self._supervisor.wait(what, answer, self._timeout_seconds)
+        return await self._supervisor.wait(what, answer, seconds or self._timeout_seconds)
 
     async def stop(self) -> None:
         """Ranks hold nothing that outlives them, so they are simply ended."""

@@ -7,21 +7,23 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 
-from megatron_vespo.config import ObjectiveConfig, SFTConfig, TrainConfig
+from megatron_vespo.config import DiskSyncConfig, ObjectiveConfig, SFTConfig, TrainConfig
 from megatron_vespo.orchestration.cluster import LOOPBACK
 from megatron_vespo.policy.batch import MicroBatch
 from megatron_vespo.policy.result import StepResult, TokenScores
 from megatron_vespo.rendezvous import listen, port_of
 from megatron_vespo.routing.slices import RankPlace, RouteSlice, StepRoutes
-from megatron_vespo.weights.buckets import Bucket, TensorSpec
+from megatron_vespo.weights.buckets import Bucket
 
 if TYPE_CHECKING:  # Megatron is imported in the actor alone
     from megatron_vespo.policy.schedule import LossFunction
+    from megatron_vespo.weights.sender import SendTimes
 
-WEIGHT_GROUP = "megatron_vespo_weights"
+PIECES_OF_A_BUCKET = 8
+"""What rank 0 receives from others at once is so small a part of a bucket."""
 
 
-@ray.remote(max_restarts=0, concurrency_groups={"sentinel": 1})  # pyright: ignore[reportCallIssue]
+@ray.remote(max_restarts=0, concurrency_groups={"sentinel": 1, "weights": 2})  # pyright: ignore[reportCallIssue]
 class PolicyRank:
     """Rank `rank` of `policy.ranks`. Methods that talk to other ranks must be called on all of them."""
 
@@ -29,6 +31,8 @@ class PolicyRank:
         self._rank = rank
         self._listener: socket.socket | None = None
         self._sender: Any = None
+        self._gathering: Any = None
+        self._buckets: list[Bucket] = []
         self._policy: Any = None
         self._saving: Any = None
         self._exporting: Any = None
@@ -49,6 +53,7 @@ class PolicyRank:
 
         if self._policy is not None:
             self._policy.close()
+        self._gathering = None  # it holds the model
         folder, policy = Path(config.model.path), config.policy
         self._model_path = config.model.path
         self._architecture = read_architecture(folder)
@@ -122,48 +127,85 @@ class PolicyRank:
         """And which experts were used, of this rank's positions and layers."""
         return self._policy.score_and_record(micro_batches, routes=routes)
 
-    def _tensors(self):
-        from megatron_vespo.checkpoint.gather import gather_hf_tensors
+    def _tensors(self, piece_bytes: int | None = None):
+        """All tensors on rank 0. What each rank sends is settled once for a model, here and by `plan_sync`."""
+        from megatron_vespo.checkpoint.gather import GatherPlan
 
         self._policy.settle_parameters()
-        return gather_hf_tensors(self._policy.model, self._architecture)
+        if self._gathering is None:
+            elements = None if piece_bytes is None else piece_bytes // next(self._policy.model[0].parameters()).itemsize
+            self._gathering = GatherPlan(self._policy.model, self._architecture, elements)
+        return self._gathering.tensors()
 
-    def tensor_specs(self) -> list[TensorSpec]:
-        from megatron_vespo.weights.buckets import specs_of
+    def plan_sync(self, bucket_bytes: int) -> list[Bucket]:
+        """All ranks. Rank 0 returns into which buckets the tensors go; they are gathered in pieces of a part of one."""
+        from megatron_vespo.weights.buckets import plan_buckets, specs_of
 
-        return specs_of(self._tensors())
+        self._gathering = None
+        self._buckets = plan_buckets(specs_of(self._tensors(bucket_bytes // PIECES_OF_A_BUCKET)), bucket_bytes)
+        return self._buckets
 
-    def listen_for_engines(self) -> int:
-        """Rank 0 only. Returns the port that engines are told."""
+    def open_sender(self, transport: str, groups: list[str], disk: DiskSyncConfig) -> list[int]:
+        """Rank 0 only, after `plan_sync`. `groups`: names of process groups, of a collective transport; returns the
+        ports where they meet."""
         from megatron_vespo.weights.collective import CollectiveSender
+        from megatron_vespo.weights.disk import DiskSender
+        from megatron_vespo.weights.shared_memory import SharedMemorySender
 
-        self._sender = CollectiveSender(LOOPBACK, WEIGHT_GROUP)
-        return self._sender.port
-
-    def disconnect_engines(self) -> None:
-        """Rank 0 only."""
-        self._sender.close()
-
-    def connect_engines(self, world_size: int, backend: str, timeout_seconds: float) -> None:
-        self._sender.connect(world_size=world_size, backend=backend, timeout_seconds=timeout_seconds)
-
-    def send_weights(self, buckets: list[Bucket]) -> None:
-        """All ranks gather; rank 0 broadcasts."""
-        if self._rank == 0:
-            self._sender.send(buckets, self._tensors())
+        device = next(self._policy.model[0].parameters()).device
+        if transport == "collective":
+            self._sender = CollectiveSender(self._buckets, device, LOOPBACK, groups)
+            return self._sender.ports
+        if transport == "disk":
+            assert disk.folder is not None
+            self._sender = DiskSender(self._buckets, device, Path(disk.folder), disk.changed_only)
         else:
-            for _ in self._tensors():
-                pass
+            self._sender = SharedMemorySender(self._buckets, device)
+        return []
 
-    def engine_checksums(self, dtype: str) -> dict[str, str]:
-        """What each tensor of an engine must hash to; empty on ranks other than 0."""
+    def connect_groups(self, world_sizes: list[int], backend: str, timeout_seconds: float) -> None:
+        """Rank 0 only: wait for the engines of each of the sender's groups."""
+        self._sender.connect(world_sizes, backend, timeout_seconds)
+
+    def close_sender(self) -> None:
+        """Rank 0 only."""
+        sender, self._sender = self._sender, None
+        sender.close()
+
+    def send_weights(self, weight_version: int, since: int | None) -> "SendTimes | None":
+        """All ranks gather; rank 0 sends. `since`: the weight version that all engines have, if it is known."""
+        if self._rank == 0:
+            return self._sender.send(self._tensors(), weight_version, since)
+        for _ in self._tensors():
+            pass
+        return None
+
+    @ray.method(concurrency_group="weights")
+    def take_bucket(self, index: int, copies: int) -> Any:
+        """Rank 0 only, while it sends: wait until a bucket is ready, and return what engines are told of it."""
+        return self._sender.take(index, copies)
+
+    @ray.method(concurrency_group="weights")
+    def abandon_sync(self) -> None:
+        """Rank 0 only: let `send_weights` and `connect_groups` return."""
+        self._sender.abandon()
+
+    def engine_checksums(self, dtype: str, ranks: int) -> list[dict[str, str]]:
+        """What each tensor of an engine of so many ranks must hash to, by rank; empty on ranks other than 0."""
         from megatron_vespo.rollout.fused_checksums import expected_checksums
 
         if self._rank == 0:
-            return expected_checksums(self._tensors(), dtype=dtype, num_experts=self._architecture.num_experts)
+            architecture = self._architecture
+            return expected_checksums(
+                self._tensors(),
+                dtype=dtype,
+                num_experts=architecture.num_experts,
+                kv_heads=architecture.num_query_groups,
+                ranks=ranks,
+            )
         for _ in self._tensors():
             pass
-        return {}
+        return []
 
     def export(self, folder: str, overwrite: bool) -> None:
         """Write a Hugging Face folder; tokenizer and config come from the model that was loaded."""

@@ -117,10 +117,13 @@ async def evaluate_policy(session: Session, when: str) -> None:
     await evaluate(session, when, session.progress.step)
 
 
-async def sync_weights(session: Session) -> None:
-    """Bring the trainer's weights to all engines, as weight version `step`, unless they have them; probe new engines."""
+async def sync_weights(session: Session, held_since: float | None = None) -> None:
+    """Bring the trainer's weights to all engines, as weight version `step`, unless they have them; probe new engines.
+
+    `held_since`: when (`time.monotonic`) requests began to be held for it, where any were running.
+    """
     engines = session.engines
     if engines.waiting or engines.weight_version != session.progress.step:
-        await send_weights(session, lambda: engines.present)
+        await send_weights(session, lambda: engines.present, held_since)
     if not session.engine_probed:
         await probe_engine_routes(session)

@@ -1,36 +1,66 @@
-"""Bring the trainer's weights to the engine, and prove that they arrived."""
+"""Bring the trainer's weights to the engines, and prove that they arrived."""
 
+import asyncio
+import itertools
 import time
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from megatron_vespo.config import WeightSyncConfig
 from megatron_vespo.errors import RunError
-from megatron_vespo.orchestration.cluster import LOOPBACK
 from megatron_vespo.orchestration.policy_group import PolicyGroup
-from megatron_vespo.orchestration.policy_rank import WEIGHT_GROUP
-from megatron_vespo.orchestration.supervision import RunFailed, Supervisor, all_of
-from megatron_vespo.rollout.client import EngineClient
-from megatron_vespo.rollout.fused_checksums import compare_checksums
-from megatron_vespo.weights.buckets import Bucket, plan_buckets
+from megatron_vespo.orchestration.supervision import RunFailed, Supervisor
+from megatron_vespo.orchestration.weight_receivers import CollectiveReceivers, Receivers, choose_transport, receivers
+from megatron_vespo.rollout.client import EngineClient, EngineError
+from megatron_vespo.rollout.fused_checksums import compare_ranks
+from megatron_vespo.weights.buckets import Bucket
+from megatron_vespo.weights.sender import SendTimes
+
+PARTING_SECONDS = 10.0
+"""What engines get to come out of a sync that was given up."""
+TENSORS_NAMED = 3
+"""How many wrong tensors a message names."""
+
+Failures = dict[str, str]
+"""Engine -> what is wrong with it."""
+
+
+class EnginesFailed(RunError):
+    """Engines that cannot be brought the weights. All others can: call `sync` again without these."""
+
+    def __init__(self, engines: Failures) -> None:
+        super().__init__("; ".join(f"{name}: {reason}" for name, reason in engines.items()))
+        self.engines = engines
+
+    def __reduce__(self):
+        return type(self), (self.engines,)
 
 
 @dataclass(frozen=True)
 class SyncReport:
     weight_version: int
+    transport: str
+    engines: int
     bytes: int
+    """Sent to each engine, if nothing is left out (`weight_sync.disk.changed_only`)."""
     buckets: int
     verified: bool
     seconds: dict[str, float]
-    """send (with gathering), flush, verify."""
+    """connect (where the engines were not those of the last sync), send, flush, verify: one after the other. Within send,
+    side by side: gather (the trainer's rank 0 fills buckets), load (engines receive them and put them in place)."""
 
-
-class EnginesFailed(RunError):
-    def __init__(self, engines):
-        super().__init__(str(engines))
-        self.engines = engines
+    @property
+    def total_seconds(self) -> float:
+        return sum(self.seconds[name] for name in ("connect", "send", "flush", "verify"))
 
 
 class WeightUpdater:
+    """Of one run. All engines that it is given hold the weights of the last `sync` that returned.
+
+    Failures of engines are told by EnginesFailed, all others by RunFailed.
+    """
+
     def __init__(
         self,
         policy: PolicyGroup,
@@ -41,135 +71,279 @@ class WeightUpdater:
         backend: str,
     ) -> None:
         self._policy = policy
-        self._clients: list[EngineClient] = []
         self._supervisor = supervisor
         self._config = config
         self._engine_dtype = engine_dtype
         self._backend = backend
         self._buckets: list[Bucket] = []
-        self.weight_version: int | None = None
-        """That the engine holds, as far as this object brought it there."""
+        self._engines: list[EngineClient] = []
+        """Those that are connected."""
+        self._receivers: Receivers | None = None
+        self._transport = ""
+        self._held: dict[EngineClient, int] = {}
+        """The weight version of each engine that a sync brought one; all others are new."""
         self.cache_version: int | None = None
-        """Oldest weights that may have computed what the engine's prefix cache holds; None: none but the current."""
-        self._verified_once = False
-        """Of this engine; a resumed run counts on where it was, but meets a new one."""
+        """Oldest weights that may have computed what an engine's prefix cache holds; None: none but the current."""
         self.syncs = 0
         self.mismatches = 0
-        """Tensors found different on the engine, over all verifications."""
+        """Tensors found different on engines, over all verifications."""
 
-    async def connect(self, engines: list[EngineClient]) -> None:
-        """Build the group of trainer and engine, and plan the buckets once."""
-        self._clients = list(engines)
-        self._verified_once = False
-        port = await self._policy.on_first("open the weight group", lambda actor: actor.listen_for_engines.remote())
-        world_size, timeout = 1 + sum(c.ranks for c in engines), self._config.timeout_seconds
-        offset = 1
-        joins = []
-        for client in engines:
-            joins.append(
-                client.init_weights_update_group(
-                    master_address=LOOPBACK,
-                    master_port=port,
-                    rank_offset=offset,
-                    world_size=world_size,
-                    group_name=WEIGHT_GROUP,
-                    backend=self._backend,
-                )
-            )
-            offset += client.ranks
-        joining = all_of(
-            self._policy.on_first(
-                "connect the weight group",
-                lambda actor: actor.connect_engines.remote(world_size, self._backend, timeout),
-            ),
-            *joins,
-        )
-        await self._supervisor.wait("connect trainer and engine for weights", joining, timeout)
-        specs = await self._policy.on_all("list the tensors", lambda actor, _: actor.tensor_specs.remote())
-        self._buckets = plan_buckets(specs[0], int(self._config.bucket_mb * 2**20))
-
-    async def disconnect(self) -> None:
-        """Take the group apart, so that another can be built with the same engine and the same trainer processes."""
-        leaving = all_of(
-            self._policy.on_first("leave the weight group", lambda actor: actor.disconnect_engines.remote()),
-            *[client.destroy_weights_update_group(WEIGHT_GROUP) for client in self._clients],
-        )
-        await self._supervisor.wait("part trainer and engine", leaving, self._config.timeout_seconds)
-
-    async def sync(self, weight_version: int, engines: list[EngineClient]) -> SyncReport:
-        """Send all weights as `weight_version`, empty the engine's prefix cache, and verify when it is due.
-
-        With `flush_cache` off the cache is emptied once, at the first sync: before it the engine may have served another
-        run of a grid, whose weights have the same versions.
+    async def connect(self, engines: Sequence[EngineClient]) -> None:
+        """Plan the buckets, and build the groups of trainer and engines.
 
         Raises:
-            RunFailed: a tensor on the engine is not the trainer's; the message names the first of them.
+            EnginesFailed: these engines did not come; nobody is connected then.
         """
-        clock, timeout = time.monotonic, self._config.timeout_seconds
-        if engines != self._clients:
-            await self.abandon(engines)
-            await self.connect(engines)
-        started = clock()
-        await self._supervisor.wait("send weights", self._send(weight_version), timeout)
-        sent = clock()
-        if self._config.flush_cache or self.weight_version is None:
-            await self._supervisor.wait(
-                "flush the engine's caches", all_of(*[c.flush_cache() for c in engines]), timeout
+        if not self._buckets:
+            size = int(self._config.bucket_mb * 2**20)
+            plans = await self._policy.on_all("plan the sync", lambda actor, _: actor.plan_sync.remote(size))
+            self._buckets = plans[0]
+        self._engines = list(engines)
+        self._transport = choose_transport(self._config.transport, engines, self._backend)
+        self._receivers = receivers(self._transport, engines, self._backend)
+        transport, names, disk = self._transport, list(self._receivers.names), self._config.disk
+        ports = await self._policy.on_first(
+            "open the weight transport", lambda actor: actor.open_sender.remote(transport, names, disk)
+        )
+        if isinstance(self._receivers, CollectiveReceivers):
+            await self._join(self._receivers, ports)
+
+    async def _join(self, members: CollectiveReceivers, ports: list[int]) -> None:
+        timeout = self._config.timeout_seconds
+        sizes, backend = members.world_sizes, self._backend
+        trainer = asyncio.ensure_future(
+            self._policy.on_first(
+                "connect trainer and engines for weights",
+                lambda actor: actor.connect_groups.remote(sizes, backend, timeout + PARTING_SECONDS),
+                timeout + 2 * PARTING_SECONDS,
             )
-            self.cache_version = None if self._config.flush_cache else weight_version
+        )
+        try:
+            if failures := await self._each(lambda client: members.join(client, ports), timeout, trainer=trainer):
+                await self._give_up(failures, trainer)
+            await trainer
+        finally:
+            trainer.cancel()
+
+    async def disconnect(self) -> None:
+        """Take the groups apart, so that others can be built with the same engines and the same trainer processes.
+
+        Engines that do not answer are left as they are.
+        """
+        if self._receivers is not None:
+            await self._part(self._engines, self._receivers)
+
+    async def sync(self, weight_version: int, engines: Sequence[EngineClient]) -> SyncReport:
+        """Send all weights to `engines` as `weight_version`, empty their prefix caches, and verify when it is due.
+
+        Engines that are not those of the last sync are connected first, and new ones are always verified. With
+        `flush_cache` off, an engine's cache is emptied at its first sync: before it the engine may have served another run
+        of a grid, whose weights have the same versions.
+
+        Raises:
+            EnginesFailed: these engines died, did not answer in time, refused, or hold other weights than were sent. The
+                others may hold either weights: call it again for them.
+            RunFailed: the trainer failed, or no engine holds what was sent.
+        """
+        clock = time.monotonic
+        started = clock()
+        if self._engines != list(engines) or self._receivers is None:
+            await self.disconnect()
+            await self.connect(engines)
+        connected = clock()
+        within = await self._send(weight_version)
+        sent = clock()
+        new = [client for client in engines if client not in self._held]
+        await self._flush(list(engines) if self._config.flush_cache else new, weight_version)
         flushed = clock()
         due = self.syncs % self._config.verify_every == 0
+        checked = list(engines) if due else new
+        if checked:
+            await self._verify(checked)
+        # Last: a sync that failed is made again from its start.
         self.syncs += 1
-        self.weight_version = weight_version
-        if due or not self._verified_once:
-            await self.verify()
-            self._verified_once = True
+        self._held |= dict.fromkeys(engines, weight_version)
         return SyncReport(
             weight_version=weight_version,
+            transport=self._transport,
+            engines=len(engines),
             bytes=sum(bucket.num_bytes for bucket in self._buckets),
             buckets=len(self._buckets),
-            verified=due,
-            seconds={"send": sent - started, "flush": flushed - sent, "verify": clock() - flushed},
+            verified=bool(checked),
+            seconds={
+                "connect": connected - started,
+                "send": sent - connected,
+                "flush": flushed - sent,
+                "verify": clock() - flushed,
+                **within,
+            },
         )
 
-    async def abandon(self, engines):
-        await self._policy.on_first("leave the weight group", lambda actor: actor.disconnect_engines.remote())
-        for client in engines:
-            if client in self._clients:
-                await client.destroy_weights_update_group(WEIGHT_GROUP)
-
-    async def _send(self, weight_version: int) -> None:
-        await all_of(*[c.begin_weight_update() for c in self._clients])
-        await all_of(
-            self._policy.on_all("gather weights", lambda actor, _: actor.send_weights.remote(self._buckets)),
-            *[self._receive(c, weight_version) for c in self._clients],
-        )
-        await all_of(*[c.end_weight_update() for c in self._clients])
-
-    async def _receive(self, client, weight_version: int) -> None:
-        for bucket in self._buckets:
-            await client.update_weights_from_distributed(
-                names=[spec.name for spec in bucket.specs],
-                dtypes=[spec.dtype for spec in bucket.specs],
-                shapes=[list(spec.shape) for spec in bucket.specs],
-                group_name=WEIGHT_GROUP,
-                weight_version=str(weight_version),
+    async def _send(self, weight_version: int) -> dict[str, float]:
+        """Returns seconds of gathering and loading."""
+        timeout = self._config.timeout_seconds
+        held = [self._held.get(client) for client in self._engines]
+        since = None if None in held else min(held)  # pyright: ignore[reportArgumentType]
+        trainer = asyncio.ensure_future(
+            self._policy.on_all(
+                "gather and send weights",
+                lambda actor, _: actor.send_weights.remote(weight_version, since),
+                timeout + 2 * PARTING_SECONDS,
             )
+        )
+        try:
+            failures, seconds = await self._load(weight_version, trainer)
+            if failures:
+                self._held = {}
+                await self._give_up(failures, trainer)
+            times: list[SendTimes] = await trainer
+            return {"gather": times[0].gather, "load": seconds}
+        finally:
+            trainer.cancel()
 
-    async def verify(self) -> None:
-        expected = await self._policy.on_all(
-            "checksum the trainer's weights", lambda actor, _: actor.engine_checksums.remote(self._engine_dtype)
+    async def _load(self, weight_version: int, trainer: asyncio.Future) -> tuple[Failures, float]:
+        """Let engines load bucket after bucket, until the first failure. Returns failures, and the seconds it took."""
+        members = self._receivers
+        assert members is not None
+        deadline, seconds = time.monotonic() + self._config.timeout_seconds, 0.0
+        failures = await self._each(members.begin, deadline - time.monotonic(), trainer=trainer)
+        for index in range(len(self._buckets) + 1):
+            if failures:
+                return failures, seconds
+            described = await self._take(index, deadline - time.monotonic())
+            if described is None:
+                continue
+            taken = time.monotonic()
+            version = weight_version if index == len(self._buckets) - 1 else None
+            load = self._loader(members, self._buckets[index], described, version)
+            failures = await self._each(load, deadline - taken, trainer=trainer)
+            seconds += time.monotonic() - taken
+        return await self._each(members.end, deadline - time.monotonic()), seconds
+
+    async def _take(self, index: int, seconds: float) -> Any:
+        copies = sum(client.ranks for client in self._engines)
+        return await self._policy.on_first(
+            f"gather bucket {index + 1} of {len(self._buckets)}",
+            lambda actor: actor.take_bucket.remote(index, copies),
+            max(seconds, 1.0),
         )
-        found = await self._supervisor.wait(
-            "checksum the engine's weights",
-            all_of(*[c.weights_checksum() for c in self._clients]),
-            self._config.timeout_seconds,
+
+    def _loader(
+        self, members: Receivers, bucket: Bucket, described: Any, weight_version: int | None
+    ) -> Callable[[EngineClient], Awaitable[None]]:
+        ends = list(itertools.accumulate(client.ranks for client in self._engines))
+        uses = {client: slice(end - client.ranks, end) for client, end in zip(self._engines, ends, strict=True)}
+        return lambda client: members.load(client, bucket, described, uses[client], weight_version)
+
+    async def _flush(self, engines: Sequence[EngineClient], weight_version: int) -> None:
+        timeout = self._config.timeout_seconds
+        if failures := await self._each(lambda client: client.flush_cache(), timeout, engines=engines):
+            raise EnginesFailed(failures)
+        if self._config.flush_cache:
+            self.cache_version = None
+        elif self.cache_version is None:
+            self.cache_version = weight_version
+
+    async def _verify(self, engines: Sequence[EngineClient]) -> None:
+        """Raises EnginesFailed for engines that hold other weights than the trainer; RunFailed if that is all of them."""
+        found: dict[EngineClient, list[dict[str, str]]] = {}
+
+        async def ask(client: EngineClient) -> None:
+            found[client] = await client.weights_checksum()
+
+        timeout, sizes = self._config.timeout_seconds, {client.ranks for client in engines}
+        asking = asyncio.ensure_future(self._each(ask, timeout, engines=engines))  # both sides compute side by side
+        try:
+            of_size = {ranks: await self._expected_checksums(ranks) for ranks in sizes}
+            failures = await asking
+        finally:
+            asking.cancel()
+        wrong = {client.name: compare_ranks(of_size[client.ranks], ranks) for client, ranks in found.items()}
+        wrong = {name: differences for name, differences in wrong.items() if differences}
+        self.mismatches += sum(len(differences) for differences in wrong.values())
+        told = {
+            name: f"{len(differences)} tensors are not the trainer's, the first: "
+            + "; ".join(differences[:TENSORS_NAMED])
+            for name, differences in wrong.items()
+        }
+        if len(wrong) == len(self._engines):
+            details = "\n".join(f"{name}: {line}" for name, differences in wrong.items() for line in differences)
+            raise RunFailed("weight sync", str(EnginesFailed(told)), details=details)
+        if failures | told:
+            raise EnginesFailed(failures | told)
+
+    async def _expected_checksums(self, ranks: int) -> list[dict[str, str]]:
+        dtype = self._engine_dtype
+        answers = await self._policy.on_all(
+            "checksum the trainer's weights", lambda actor, _: actor.engine_checksums.remote(dtype, ranks)
         )
-        differences = [d for f in found for d in compare_checksums(expected[0], f)]
-        self.mismatches += len(differences)
-        if differences:
-            raise RunFailed(
-                "weight sync",
-                f"{len(differences)} tensors on the engine are not the trainer's, the first: {differences[0]}",
-                details="\n".join(differences),
-            )
+        return answers[0]
+
+    async def _each(
+        self,
+        call: Callable[[EngineClient], Awaitable[Any]],
+        seconds: float,
+        *,
+        engines: Sequence[EngineClient] | None = None,
+        trainer: asyncio.Future | None = None,
+    ) -> Failures:
+        """`call` for all engines side by side; those that raised, or did not return in time.
+
+        After a first failure the others get PARTING_SECONDS at most, and are not blamed. Raises what `trainer` raised,
+        should it fail meanwhile.
+        """
+        tasks = {asyncio.ensure_future(call(client)): client.name for client in engines or self._engines}
+        try:
+            finishing = _finish(tasks, seconds, trainer)
+            return await self._supervisor.wait("let engines load weights", finishing, seconds + 2 * PARTING_SECONDS)
+        finally:
+            for task in tasks:
+                task.cancel()
+
+    async def _give_up(self, failures: Failures, trainer: asyncio.Future) -> None:
+        """End a sync, or a connection, on both sides, as far as engines answer. Raises EnginesFailed."""
+        members = self._receivers
+        assert members is not None
+        await self._policy.on_first("give up a weight sync", lambda actor: actor.abandon_sync.remote())
+        await self._supervisor.wait("come out of a weight sync", trainer, self._config.timeout_seconds)
+        others = [client for client in self._engines if client.name not in failures]
+        raise EnginesFailed(await self._part(others, members, in_update=True) | failures)
+
+    async def _part(self, engines: Sequence[EngineClient], members: Receivers, *, in_update: bool = False) -> Failures:
+        """Let go of the sender, and of `engines`; returns those that do not answer."""
+        self._engines, self._receivers = [], None
+
+        async def leave(client: EngineClient) -> None:
+            for step in (members.end, members.leave) if in_update else (members.leave,):
+                try:
+                    await step(client)
+                except EngineError as error:
+                    if error.status is None:
+                        raise
+                    # It answers, and is in no update or no group: which one, depends on how far it had come.
+
+        await self._policy.on_first("close the weight transport", lambda actor: actor.close_sender.remote())
+        return await self._each(leave, PARTING_SECONDS, engines=engines) if engines else {}
+
+
+async def _finish(tasks: dict[asyncio.Task, str], seconds: float, trainer: asyncio.Future | None) -> Failures:
+    deadline = time.monotonic() + seconds
+    failures: Failures = {}
+    pending = set(tasks)
+    while pending:
+        others = {trainer} if trainer is not None and not trainer.done() else set()
+        remaining = max(deadline - time.monotonic(), 0.0)
+        done, _ = await asyncio.wait(pending | others, timeout=remaining, return_when=asyncio.FIRST_COMPLETED)
+        if trainer is not None and trainer in done:
+            trainer.result()
+        for task in done & pending:
+            if isinstance(error := task.exception(), EngineError):
+                failures[tasks[task]] = str(error)
+                deadline = min(deadline, time.monotonic() + PARTING_SECONDS)
+            elif error is not None:
+                raise error
+        pending -= done
+        if not done:
+            late = f"did not answer within {seconds:.0f} s"
+            return failures or {tasks[task]: late for task in pending}
+    return failures

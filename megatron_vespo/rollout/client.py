@@ -290,16 +290,49 @@ class EngineClient:
         }
         await self._succeed("/update_weights_from_distributed", body)
 
+    async def update_weights_from_tensor(
+        self, payloads: list[str], weight_version: int | str | None = None, flush_cache: bool = False
+    ) -> None:
+        """Load one flattened bucket out of memory that the engine's processes open, between begin and end of an update.
+
+        Args:
+            payloads: for each rank of the engine, where the memory is (`weights.shared_memory`).
+            weight_version: as of `update_weights_from_distributed`.
+        """
+        body = {
+            "serialized_named_tensors": payloads,
+            "load_format": "flattened_bucket",
+            "flush_cache": flush_cache,
+            "weight_version": None if weight_version is None else str(weight_version),
+        }
+        await self._succeed("/update_weights_from_tensor", body)
+
+    async def update_weights_from_disk(
+        self, folder: str, weight_version: int | str | None = None, flush_cache: bool = False
+    ) -> None:
+        """Load the safetensors files of `folder`, all of a model or some tensors of it.
+
+        Args:
+            weight_version: as of `update_weights_from_distributed`.
+        """
+        body = {
+            "model_path": folder,
+            "flush_cache": flush_cache,
+            "weight_version": None if weight_version is None else str(weight_version),
+        }
+        await self._succeed("/update_weights_from_disk", body)
+
     async def destroy_weights_update_group(self, group_name: str) -> None:
         await self._succeed("/destroy_weights_update_group", {"group_name": group_name})
 
-    async def weights_checksum(self) -> dict[str, str]:
-        """Hash of each tensor as the engine holds it, by the engine's names. For tensor parallel size 1."""
+    async def weights_checksum(self) -> list[dict[str, str]]:
+        """Hash of each tensor as each of the engine's ranks holds it, by the engine's names, in the order of ranks."""
         answer = await self._succeed("/weights_checker", {"action": "checksum"})
         ranks = answer.get("ranks") or []
-        if len(ranks) != 1:
-            raise self._nonsense("/weights_checker", f"expected the checksums of 1 rank, found {len(ranks)}", answer)
-        return ranks[0]["checksums"]
+        if len(ranks) != self.ranks:
+            complaint = f"expected the checksums of {self.ranks} ranks, found {len(ranks)}"
+            raise self._nonsense("/weights_checker", complaint, answer)
+        return [rank["checksums"] for rank in ranks]
 
     async def model_info(self) -> dict[str, Any]:
         return await self._request("GET", "/model_info", None)

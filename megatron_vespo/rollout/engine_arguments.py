@@ -1,6 +1,7 @@
 """How an SGLang server is started: its arguments and its environment, on a CPU and on CUDA."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ CPU_CACHE_TOKENS = 262_144
 CPU_RUNNING_REQUESTS = 1024
 CPU_MEMORY_FRACTION = 0.2
 """Of host memory, which trainer and graders share. Only a bound: the cache is max_total_tokens."""
+CPU_SHARE_OF_EXPERTS = 32
+"""SGLang on a CPU makes the intermediate size of each tensor-parallel rank a multiple of this."""
 CONTEXT_MARGIN = 8
 """SGLang cuts a response short, without a word, when it ends within 2 tokens of the context length, and refuses a prompt
 that ends within 6 of it."""
@@ -32,6 +35,10 @@ SET_ELSEWHERE = {
     "skip-tokenizer-init": "nothing: engines take and give tokens",
     "weight-version": "nothing: it is the optimizer step",
     "random-seed": "seed",
+    **dict.fromkeys(
+        ("ep-size", "ep", "expert-parallel-size", "dp-size", "dp", "data-parallel-size", "pp-size", "pp"),
+        "nothing: an engine has tensor parallelism alone (weights on its ranks are verified for that)",
+    ),
 }
 
 WITHOUT_ROUTES = {
@@ -124,6 +131,32 @@ def check_sequence_length(model_path: str, max_sequence_tokens: int) -> None:
         )
 
 
+def check_tensor_parallel(model_path: str, tensor_parallel: int, device: str) -> None:
+    """Raises ConfigError where so many ranks can't share the model alike.
+
+    SGLang on a CPU takes them all the same, and fills heads and experts up: then no checksum would be known.
+    """
+    if tensor_parallel == 1:
+        return
+    config = json.loads((Path(model_path) / "config.json").read_text())
+    width = tensor_parallel * (CPU_SHARE_OF_EXPERTS if device == "cpu" else 1)
+    divisors = {
+        "num_attention_heads": tensor_parallel,
+        "num_key_value_heads": tensor_parallel,
+        "intermediate_size": width,
+        "moe_intermediate_size": width,
+    }
+    for name, divisor in divisors.items():
+        size = config.get(name)
+        # Several ranks of a GPU engine may have the same key head.
+        replicated = name == "num_key_value_heads" and device != "cpu" and size and tensor_parallel % size == 0
+        if size is not None and size % divisor and not replicated:
+            raise ConfigError(
+                f"rollout.engine.tensor_parallel is {tensor_parallel}, but {model_path} has {name} {size}, which does not "
+                f"divide by {divisor}: choose another number of ranks"
+            )
+
+
 def extra_arguments(engine: EngineConfig) -> dict[str, Any]:
     extra = {name.lstrip("-").replace("_", "-"): value for name, value in engine.extra_arguments.items()}
     for name in extra:
@@ -159,7 +192,7 @@ def as_options(arguments: dict[str, Any]) -> list[str]:
     return options
 
 
-def child_environment(base: dict[str, str], device: str, scratch: Path) -> dict[str, str]:
+def child_environment(base: dict[str, str], device: str, scratch: Path, tensor_parallel: int = 1) -> dict[str, str]:
     """The server's environment. Its sockets and other temporary files go to `scratch`."""
     environment = base | {"TMPDIR": str(scratch), "PYTHONUNBUFFERED": "1"}
     # Only CONTEXT_MARGIN is ever beyond the model's own length (check_sequence_length).
@@ -167,4 +200,9 @@ def child_environment(base: dict[str, str], device: str, scratch: Path) -> dict[
     if device == "cpu":
         # One thread: results don't depend on how work is split. Compiled sampling is slower than it is worth here.
         environment |= {"SGLANG_USE_CPU_ENGINE": "1", "OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"}
+    if device == "cpu" and tensor_parallel > 1:
+        # Without it SGLang wants a NUMA node for each rank. Nothing is bound: only its AMX kernels would do that.
+        cores = sorted(os.sched_getaffinity(0))
+        chosen = [str(cores[rank % len(cores)]) for rank in range(tensor_parallel)]
+        environment["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(chosen)
     return environment

@@ -19,7 +19,12 @@ import torch
 from megatron_vespo.config import ConfigError, EngineConfig
 from megatron_vespo.errors import RunError
 from megatron_vespo.rollout import process_tree, router_noise
-from megatron_vespo.rollout.engine_arguments import check_sequence_length, child_environment, command_line_arguments
+from megatron_vespo.rollout.engine_arguments import (
+    check_sequence_length,
+    check_tensor_parallel,
+    child_environment,
+    command_line_arguments,
+)
 from megatron_vespo.rollout.engine_log import first_cause
 
 logger = logging.getLogger(__name__)
@@ -72,6 +77,7 @@ class EngineServer:
         self._log_path = Path(log_path)
         self._scratch_parent = scratch_parent
         check_sequence_length(model_path, max_sequence_tokens)
+        check_tensor_parallel(model_path, engine.tensor_parallel, self._device)
         self._arguments = command_line_arguments(
             model_path=model_path,
             dtype=engine.dtype or model_dtype,
@@ -138,7 +144,7 @@ class EngineServer:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                env=child_environment(dict(os.environ), self._device, self._scratch),
+                env=child_environment(dict(os.environ), self._device, self._scratch, self._engine.tensor_parallel),
             )
 
     def _wait_until_healthy(self, deadline: float) -> None:

@@ -50,24 +50,25 @@ def plan_buckets(specs: Iterable[TensorSpec], bucket_bytes: int) -> list[Bucket]
     return buckets
 
 
-def fill_buckets(
-    buckets: list[Bucket], tensors: Iterable[tuple[str, torch.Tensor]]
-) -> Iterator[tuple[Bucket, torch.Tensor]]:
-    """Flatten `tensors` bucket by bucket as they come: yields each bucket with its bytes, [num_bytes] uint8.
+def fill_bucket(bucket: Bucket, stream: Iterator[tuple[str, torch.Tensor]], slot: torch.Tensor) -> None:
+    """Copy the next tensors of `stream` behind each other into `slot`, [at least bucket.num_bytes] uint8.
 
     Raises:
         ValueError: the tensors are not those of the plan, in its order.
     """
-    stream = iter(tensors)
-    for bucket in buckets:
-        parts = []
-        for spec in bucket.specs:
-            named = next(stream, None)
-            found = None if named is None else specs_of([named])[0]
-            if named is None or found != spec:
-                raise ValueError(f"weight sync planned {spec}, the trainer holds {found or 'no further tensor'}")
-            parts.append(named[1].detach().contiguous().flatten().view(torch.uint8))
-        yield bucket, torch.cat(parts)
+    offset = 0
+    for spec in bucket.specs:
+        named = next(stream, None)
+        found = None if named is None else specs_of([named])[0]
+        if named is None or found != spec:
+            raise ValueError(f"weight sync planned {spec}, the trainer holds {found or 'no further tensor'}")
+        place = slot[offset : offset + spec.num_bytes].view(named[1].dtype).view(spec.shape)
+        place.copy_(named[1].detach())
+        offset += spec.num_bytes
+
+
+def require_end(stream: Iterator[tuple[str, torch.Tensor]]) -> None:
+    """Raises ValueError if tensors come that no bucket was planned for."""
     if (extra := next(stream, None)) is not None:
         raise ValueError(f"weight sync has no bucket for {extra[0]}")
 

@@ -60,16 +60,16 @@ def test_a_new_engine_is_probed_once_before_it_samples_also_if_a_resume_brought_
 
     async def probe(session):
         session.engine_probed = True
-        probed.append(session.weights.weight_version)
+        probed.append(session.engines.weight_version)
 
-    async def send(session):
-        session.weights.weight_version = session.progress.step
+    async def send(session, receivers, held_since):
+        session.engines.weight_version = session.progress.step
         sent.append(session.progress.step)
 
     monkeypatch.setattr(steps, "probe_engine_routes", probe)
     monkeypatch.setattr(steps, "send_weights", send)
-    weights, progress = SimpleNamespace(weight_version=engine_has), SimpleNamespace(step=8)
-    session = SimpleNamespace(weights=weights, progress=progress, engine_probed=False)
+    engines, progress = SimpleNamespace(weight_version=engine_has, waiting=[]), SimpleNamespace(step=8)
+    session = SimpleNamespace(engines=engines, progress=progress, engine_probed=False)
     for _ in range(2):
         asyncio.run(steps.sync_weights(session))  # type: ignore[arg-type]
     assert probed == [8]

@@ -19,24 +19,29 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
-def _join(port: int) -> dist.ProcessGroup:
+def _join(port: int, world_size: int) -> dist.ProcessGroup:
     timeout = timedelta(seconds=60)
-    store = dist.PrefixStore(GROUP, dist.TCPStore("127.0.0.1", port, 2, is_master=True, timeout=timeout))
+    store = dist.PrefixStore(GROUP, dist.TCPStore("127.0.0.1", port, world_size, is_master=True, timeout=timeout))
     group, _ = _new_process_group_helper(
-        2, 0, [], dist.Backend("gloo"), store, group_name=GROUP, backend_options=None, timeout=timeout
+        world_size, 0, [], dist.Backend("gloo"), store, group_name=GROUP, backend_options=None, timeout=timeout
     )
-    _world.pg_group_ranks[group] = {0: 0, 1: 1}
+    _world.pg_group_ranks[group] = {rank: rank for rank in range(world_size)}
     return group
 
 
 @contextmanager
 def group_with(engine) -> Iterator[dist.ProcessGroup]:
-    port = _free_port()
+    port, world_size = _free_port(), 1 + engine.client.ranks
 
     async def meet():
-        joining = asyncio.to_thread(_join, port)
+        joining = asyncio.to_thread(_join, port, world_size)
         coming = engine.client.init_weights_update_group(
-            master_address="127.0.0.1", master_port=port, rank_offset=1, world_size=2, group_name=GROUP, backend="gloo"
+            master_address="127.0.0.1",
+            master_port=port,
+            rank_offset=1,
+            world_size=world_size,
+            group_name=GROUP,
+            backend="gloo",
         )
         return (await asyncio.gather(joining, coming))[0]
 

@@ -37,7 +37,7 @@ torch.manual_seed(0)
 for shape, dtype in [((3, 7), torch.float32), ((5, 3), torch.bfloat16), ((130, 77), torch.bfloat16), ((150, 129), torch.float32)]:
     tensor = torch.randn(shape).to(dtype)
     assert kernel_hash(tensor) == fused_checksums.tile_hash(tensor), (shape, dtype)
-    assert tensor_hash(tensor) == fused_checksums.sha256_hash(tensor), (shape, dtype)
+    assert tensor_hash(tensor) == fused_checksums.sha256_hash([tensor]), (shape, dtype)
 
 seeds = torch.tensor([0, 1, 2**62 + 12345, 2**63 - 1])
 positions, columns = torch.tensor([0, 5, 100_000, 3]), torch.arange(1100)

@@ -1,3 +1,5 @@
+import json
+
 import pytest
 import torch
 from broadcast import group_with, update
@@ -6,7 +8,7 @@ from safetensors.torch import load_file
 from tiny_engine import running_engine, write_tiny_qwen3_moe
 
 from megatron_vespo.config import RolloutConfig
-from megatron_vespo.rollout.fused_checksums import compare_checksums, expected_checksums
+from megatron_vespo.rollout.fused_checksums import compare_ranks, expected_checksums
 from megatron_vespo.rollout.response_checks import ResponseError
 
 pytestmark = pytest.mark.engine
@@ -18,7 +20,14 @@ def weights_in(folder) -> dict[str, torch.Tensor]:
 
 def differences(engine, tensors: dict[str, torch.Tensor]) -> list[str]:
     found = engine.run(engine.client.weights_checksum())
-    return compare_checksums(expected_checksums(tensors.items(), dtype="float32", num_experts=8), found)
+    config = json.loads((engine.model_path / "config.json").read_text())
+    sizes = {"num_experts": 8, "kv_heads": config["num_key_value_heads"], "ranks": engine.client.ranks}
+    return compare_ranks(expected_checksums(tensors.items(), dtype="float32", **sizes), found)
+
+
+def number_of_tensors(engine) -> int:
+    """On all ranks of the engine."""
+    return sum(len(rank) for rank in engine.run(engine.client.weights_checksum()))
 
 
 @pytest.fixture
@@ -55,7 +64,7 @@ def test_an_updated_engine_equals_a_cold_one(engine, restored, other_weights, tm
     rollout = RolloutConfig(group_size=4, max_response_tokens=24, deterministic=True)
     before = sampled(collect(engine, prompts, rollout))
     tensors = weights_in(other_weights)
-    assert len(differences(engine, tensors)) == len(engine.run(engine.client.weights_checksum()))
+    assert len(differences(engine, tensors)) == number_of_tensors(engine)
 
     update(engine, restored, tensors, weight_version=4)
 
