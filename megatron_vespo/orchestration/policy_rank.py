@@ -21,7 +21,7 @@ if TYPE_CHECKING:  # Megatron is imported in the actor alone
 WEIGHT_GROUP = "megatron_vespo_weights"
 
 
-@ray.remote(max_restarts=0, concurrency_groups={"sentinel": 1})  # pyright: ignore[reportCallIssue]
+@ray.remote(max_restarts=0, concurrency_groups={"sentinel": 1, "answer": 1})  # pyright: ignore[reportCallIssue]
 class PolicyRank:
     """Rank `rank` of `policy.ranks`. Methods that talk to other ranks must be called on all of them."""
 
@@ -187,6 +187,10 @@ class PolicyRank:
     def finish_export(self) -> None:
         exporting, self._exporting = self._exporting, None  # it holds a copy of the model
         exporting.finish()
+
+    @ray.method(concurrency_group="answer")
+    def answer(self) -> None:
+        """Returns at once, whatever else is going on, unless this process is dead or stands still."""
 
     @ray.method(concurrency_group="sentinel")
     def hold(self) -> None:
