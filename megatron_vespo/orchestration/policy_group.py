@@ -174,14 +174,10 @@ class PolicyGroup:
         `objective` None is supervised training.
         """
         step = pack_step(sequences, self._packing)
-
-        async def take() -> tuple[_Sent, list[StepResult]]:
-            sent = await self._send(step, routes)
-            return sent, await self.on_all(
-                "train a step", lambda actor, rank: actor.train_step.remote(*sent.of_rank(rank), objective)
-            )
-
-        sent, results = await self.retried(take)
+        sent = await self._send(step, routes)
+        results = await self._tried_on_all(
+            "train a step", lambda actor, rank: actor.train_step.remote(*sent.of_rank(rank), objective)
+        )
         return replace(
             merge(results), packing=report_packing(step, self._packing), route_bytes_of_ranks=sent.route_bytes
         )

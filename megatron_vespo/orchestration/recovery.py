@@ -39,22 +39,22 @@ class Recovery:
         self._losses: list[PolicyLost] = []
         """Since that checkpoint."""
 
-    async def recover(self, lost: PolicyLost | None) -> None:
+    async def recover(self, lost: PolicyLost) -> None:
         """Bring the policy to where it was after `session.progress.step` steps.
 
         Raises:
             PolicyLost: it was lost more than `policy.max_restarts` times since the last complete checkpoint; the first
                 cause of these.
         """
-        while lost is not None:
+        while True:
             self._count(lost)
             try:
-                await self._start_again(lost)
-                return
+                return await self._start_again(lost)
             except RunError as failure:
-                lost = await self._session.policy.lost(failure)
-                if lost is None:
+                again = await self._session.policy.lost(failure)
+                if again is None:
                     raise
+                lost = again
 
     def _count(self, lost: PolicyLost) -> None:
         newest = next(reversed(complete_checkpoints(self._session.folder)), None)
@@ -94,6 +94,7 @@ class Recovery:
                 "time/restart": seconds,
             },
         )
+        session.console.phase(f"going on after step {done}")
         session.console.event(f"the policy is where it was, after {seconds:.1f} s and {done - first} steps taken again")
 
     async def _is_at(self, step: int) -> None:

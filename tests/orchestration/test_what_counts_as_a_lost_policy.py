@@ -155,7 +155,7 @@ def test_a_death_ends_other_waits_only_where_nobody_would_start_it_again(group, 
             assert await group.lost(RunError("?")) is not None  # it is known by now
             await runtime.supervisor.wait("generate", asyncio.sleep(0.2), SECONDS)
         assert losses == []
-        with pytest.raises(RunFailed, match="^policy rank 1: its process died"):
+        with pytest.raises(RunFailed, match=r"^policy rank 1: its process died"):
             await runtime.supervisor.wait("generate", asyncio.sleep(SECONDS), SECONDS)
 
     loop.run(scenario())
