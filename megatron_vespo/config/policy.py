@@ -100,7 +100,11 @@ class PolicyConfig(Section):
     reference: ReferenceConfig | None = None
     """A frozen model beside the policy, for a KL term."""
     step_timeout_seconds: PositiveFloat = 1800.0
-    """Longest that one call to the trainer may take before the run is ended."""
+    """Longest that one call to the trainer may take; then its processes are taken for dead."""
+    max_restarts: int = Field(default=3, ge=0)
+    """When a trainer process dies or hangs, all are started again from the last complete checkpoint, and the steps since
+    are taken again on the same batches: so many times until the next checkpoint is complete. 0, or without
+    `checkpoint.save_every`: the run ends."""
 
     def own_problems(self) -> Iterator[tuple[str, str]]:
         layout = self.layout

@@ -43,6 +43,7 @@ class Checkpoints:
         self._config = session.config.checkpoint
         self._folder = session.folder / FOLDER
         self._pending: Pending | None = None
+        session.writers.append(self)
         for left in self._folder.glob(f"*{PARTIAL}"):  # of a run that was killed while it wrote
             shutil.rmtree(left)
 
@@ -65,23 +66,32 @@ class Checkpoints:
         left = session.progress.mini_batches
         write_trajectories([trajectory for mini_batch in left for trajectory in mini_batch], folder)
         (folder / PROGRESS_FILE).write_text(json.dumps(progress_of(session), indent=1) + "\n")
-        await session.policy.on_all(
+        await session.policy.retried(lambda: self._copy(folder))
+        self._pending = Pending(step, folder, started, time.monotonic() - started)
+
+    async def _copy(self, folder: Path) -> None:
+        await self._session.policy.on_all(
             "copy the state to be saved",
             lambda actor, _: actor.begin_save.remote(str(folder)),
             self._config.timeout_seconds,
         )
-        self._pending = Pending(step, folder, started, time.monotonic() - started)
+
+    async def begin_again(self, step: int) -> None:
+        """Over the files of the processes that are gone; the driver's own files are those of that moment."""
+        if self._pending is not None and self._pending.step == step:
+            await self._copy(self._pending.folder)
 
     async def settle(self, *, wait: bool) -> None:
         """Complete the checkpoint that is being written if its files are there; `wait`: until they are."""
         if self._pending is None:
             return
-        session, pending, seconds = self._session, self._pending, self._config.timeout_seconds
-        if not wait and not all(await session.policy.on_all("look at the save", lambda actor, _: actor.saved.remote())):
+        session, pending = self._session, self._pending
+        if not await session.policy.retried(lambda: self._written(wait)):
             return
-        await session.policy.on_all("finish the save", lambda actor, _: actor.finish_save.remote(), seconds)
         sizes = complete(pending.folder)
         self._pending = None
+        if session.journal is not None:
+            session.journal.drop_before(pending.step)
         prune(session.folder, self._config)
         session.console.event(f"checkpoint of step {pending.step} is complete")
         session.record(
@@ -93,6 +103,23 @@ class Checkpoints:
                 "time/written": time.monotonic() - pending.started,
             },
         )
+
+    async def _written(self, wait: bool) -> bool:
+        """Whether all ranks have written what is theirs; `wait`: until they have."""
+        policy, seconds = self._session.policy, self._config.timeout_seconds
+        if not wait and not all(await policy.on_all("look at the save", lambda actor, _: actor.saved.remote())):
+            return False
+        await policy.on_all("finish the save", lambda actor, _: actor.finish_save.remote(), seconds)
+        return True
+
+
+async def load_trainer(session: Session, checkpoint: Path) -> None:
+    """Into policy processes that were just built."""
+    await session.policy.on_all(
+        "load the saved state",
+        lambda actor, _: actor.load_saved.remote(str(checkpoint), step_of(checkpoint)),
+        session.config.checkpoint.timeout_seconds,
+    )
 
 
 def prune(run_dir: Path, config: CheckpointConfig) -> None:

@@ -49,7 +49,7 @@ async def deliver(session: Session, receivers: Callable[[], list[EngineClient]])
             )
             continue
         try:
-            report = await session.weights.sync(step, clients)
+            report = await session.policy.retried(lambda clients=clients: session.weights.sync(step, clients))
             engines.hold_weights(clients, step)
             return report
         except EnginesFailed as failure:

@@ -1,16 +1,26 @@
 """The model as Hugging Face folders, written beside training."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_vespo.orchestration.checkpoints import EXPORTS, name_of
 from megatron_vespo.orchestration.session import Session
 
 
+@dataclass
+class Pending:
+    """An export that is being written."""
+
+    step: int
+    folder: Path
+
+
 class Exports:
     def __init__(self, session: Session) -> None:
         self._session = session
         self._config = session.config.checkpoint
-        self._pending: Path | None = None
+        self._pending: Pending | None = None
+        session.writers.append(self)
 
     async def after_step(self) -> None:
         """Notice what is written by now, and begin a new export if it is due and not there.
@@ -22,21 +32,39 @@ class Exports:
         folder = self._session.folder / EXPORTS / name_of(step)
         if every > 0 and step > 0 and step % every == 0 and not folder.exists():
             await self.settle(wait=True)
-            self._pending = folder
-            await self._session.policy.on_all(
-                "copy the model to be exported",
-                lambda actor, _: actor.begin_export.remote(str(self._pending)),
-                self._config.timeout_seconds,
-            )
+            await self._session.policy.retried(lambda: self._copy(folder))
+            self._pending = Pending(step, folder)
+
+    async def _copy(self, folder: Path) -> None:
+        await self._session.policy.on_all(
+            "copy the model to be exported",
+            lambda actor, _: actor.begin_export.remote(str(folder)),
+            self._config.timeout_seconds,
+        )
+
+    async def begin_again(self, step: int) -> None:
+        if self._pending is None:
+            return
+        if self._pending.step == step:
+            await self._copy(self._pending.folder)
+        elif self._pending.step < step:  # a later checkpoint was complete before it
+            self._session.console.event(f"not exported, its weights are gone: {self._pending.folder}")
+            self._pending = None
 
     async def settle(self, *, wait: bool) -> None:
         """See whether the export that is being written is complete; `wait`: until it is."""
         if self._pending is None:
             return
-        policy = self._session.policy
+        if await self._session.policy.retried(lambda: self._written(wait)) and self._pending is not None:
+            self._session.console.event(f"exported {self._pending.folder}")
+            self._pending = None
+
+    async def _written(self, wait: bool) -> bool:
+        """Whether rank 0 has written it; `wait`: until it has."""
+        if self._pending is None:  # lost with the policy, between two tries
+            return False
+        policy, seconds = self._session.policy, self._config.timeout_seconds
         if not wait and not await policy.on_first("look at the export", lambda actor: actor.exported.remote()):
-            return
-        seconds = self._config.timeout_seconds
+            return False
         await policy.on_all("finish the export", lambda actor, _: actor.finish_export.remote(), seconds)
-        self._session.console.event(f"exported {self._pending}")
-        self._pending = None
+        return True

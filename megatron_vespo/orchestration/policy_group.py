@@ -1,19 +1,21 @@
 """The trainer as the loops see it: all ranks as one."""
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 from ray import ObjectRef
 
 from megatron_vespo.checkpoint.hf_config import Architecture
 from megatron_vespo.config import ObjectiveConfig, SFTConfig, TrainConfig
+from megatron_vespo.errors import RunError
 from megatron_vespo.orchestration.cluster import actor_options
 from megatron_vespo.orchestration.policy_rank import PolicyRank
 from megatron_vespo.orchestration.runtime import Runtime
-from megatron_vespo.orchestration.supervision import all_of, from_part
+from megatron_vespo.orchestration.supervision import Expired, RunFailed, all_of, from_part
 from megatron_vespo.policy.batch import MicroBatch, TrainingSequence
 from megatron_vespo.policy.layout_fit import packing_rules
 from megatron_vespo.policy.packing import pack_step, report_packing
@@ -22,6 +24,14 @@ from megatron_vespo.routing.routes import Routes
 from megatron_vespo.routing.slices import RankPlace, StepRoutes, assemble_routes, slice_routes
 
 PART = "policy"
+ANSWER_SECONDS = 20.0
+"""How long a rank may take to answer whether it is there. It does so beside its work."""
+
+T = TypeVar("T")
+
+
+class PolicyLost(RunFailed):
+    """Ranks died, or stand still: the model that they held together is gone."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +58,10 @@ class _Sent:
         return self.shares[rank], self.routes[rank]
 
 
+def _name(rank: int) -> str:
+    return f"{PART} rank {rank}"
+
+
 def _in_order(sequences: list[TrainingSequence], parts: list[dict[int, TokenScores]]) -> list[TokenScores]:
     by_key = {key: scores for part in parts for key, scores in part.items()}
     return [by_key[sequence.key] for sequence in sequences]
@@ -57,19 +71,29 @@ class PolicyGroup:
     def __init__(self, ranks: int, runtime: Runtime, gpus_per_rank: int) -> None:
         """Starts the processes; there is a model once `build` was awaited."""
         self._supervisor = runtime.supervisor
+        self._options = actor_options(gpus_per_rank)
+        self._recover: Callable[[PolicyLost], Awaitable[None]] | None = None
         runtime.on_stop(PART, self.stop)
+        self._start(ranks)
+        self._watch()
+
+    def _start(self, ranks: int) -> None:
         self.ranks = [
-            PolicyRank.options(**actor_options(gpus_per_rank)).remote(rank)  # pyright: ignore[reportAttributeAccessIssue]
+            PolicyRank.options(**self._options).remote(rank)  # pyright: ignore[reportAttributeAccessIssue]
             for rank in range(ranks)
         ]
-        for rank, actor in enumerate(self.ranks):
-            runtime.supervisor.watch(f"{PART} rank {rank}", actor.hold.remote())
+        self._holds = [actor.hold.remote() for actor in self.ranks]
+
+    def _watch(self) -> None:
+        for rank, hold in enumerate(self._holds):
+            self._supervisor.watch(_name(rank), hold)
 
     async def build(
         self, config: TrainConfig | SFTConfig, architecture: Architecture, total_steps: int, temperature: float
     ) -> None:
         """Build the model of `config` (of as many ranks as were started) and load its weights: at first, and again
         whenever another run shall use these processes."""
+        self._built_as = (config, architecture, total_steps, temperature)
         self._timeout_seconds = config.policy.step_timeout_seconds
         self._packing = packing_rules(architecture, config.policy)
         port = await self.on_first("open the trainer's port", lambda actor: actor.listen_for_ranks.remote())
@@ -77,6 +101,67 @@ class PolicyGroup:
         self._places: list[RankPlace] = await self.on_all(
             "start policy", lambda actor, _: actor.build.remote(port, config, total_steps, temperature)
         )
+
+    async def restart(self) -> None:
+        """New processes in place of all that there were, alive or not, with the model as it was built at first.
+
+        They come when Ray has freed the room of the old ones, which it ends by force where they stand still.
+        """
+        ranks = len(self.ranks)
+        await self.stop()
+        self._start(ranks)
+        await self.build(*self._built_as)
+
+    @contextmanager
+    def recovering(self, recover: Callable[[PolicyLost], Awaitable[None]]) -> Iterator[None]:
+        """Inside, a call that loses ranks calls `recover`, which brings the policy back to where it was before that call
+        (or raises), and is then made again. A loss ends no wait for other parts: it is seen by the next call."""
+        self._recover = recover
+        self._supervisor.forget(PART)
+        try:
+            yield
+        finally:
+            self._recover = None
+            self._watch()
+
+    async def retried(self, unit: Callable[[], Awaitable[T]]) -> T:
+        """The result of `unit`, some calls on the policy that are made again from the first where ranks are lost in them.
+
+        `unit` must leave no trace when it fails. While the policy is being brought back, or where nobody would, it is
+        called once.
+        """
+        while True:
+            try:
+                return await unit()
+            except RunError as failure:
+                if (recover := self._recover) is None or (lost := await self.lost(failure)) is None:
+                    raise
+            self._recover = None
+            try:
+                await recover(lost)
+            finally:
+                self._recover = recover
+
+    async def lost(self, failure: RunError) -> PolicyLost | None:
+        """What `failure` comes from: ranks that died or stand still; None if all are well, and it has another cause.
+
+        Asked of the ranks themselves: peers of a dead rank, and engines that it sent weights to, often fail first.
+        """
+        causes = await asyncio.gather(*(self._ask(actor) for actor in self.ranks))
+        for rank, cause in enumerate(causes):
+            if cause is not None:
+                return PolicyLost(_name(rank), cause, details=failure.details)
+        return failure if isinstance(failure, PolicyLost) else None
+
+    async def _ask(self, actor: Any) -> str | None:
+        """Why this rank does not answer; None if it does."""
+        try:
+            await asyncio.wait_for(from_part(PART, actor.answer.remote()), ANSWER_SECONDS)
+        except RunFailed as died:
+            return died.cause
+        except TimeoutError:
+            return f"does not answer for {ANSWER_SECONDS:.0f} s (stopped, or it hangs)"
+        return None
 
     async def train_step(
         self,
@@ -90,7 +175,7 @@ class PolicyGroup:
         """
         step = pack_step(sequences, self._packing)
         sent = await self._send(step, routes)
-        results = await self.on_all(
+        results = await self._tried_on_all(
             "train a step", lambda actor, rank: actor.train_step.remote(*sent.of_rank(rank), objective)
         )
         return replace(
@@ -102,7 +187,7 @@ class PolicyGroup:
     ) -> tuple[float, int]:
         """Norm of the gradient that a step on `sequences` alone would have, and the denominator of its loss."""
         sent = await self._send(pack_step(sequences, self._packing), routes)
-        answers = await self.on_all(
+        answers = await self._tried_on_all(
             "measure a gradient", lambda actor, rank: actor.gradient_norm.remote(*sent.of_rank(rank), objective)
         )
         return answers[0]
@@ -120,7 +205,7 @@ class PolicyGroup:
         `reference`: under the frozen weights of `policy.reference` instead of the current ones.
         """
         sent = await self._send(pack_step(sequences, self._packing), routes)
-        parts = await self.on_all(
+        parts = await self._tried_on_all(
             "score sequences", lambda actor, rank: actor.score.remote(*sent.of_rank(rank), with_entropy, reference)
         )
         return _in_order(sequences, parts)
@@ -131,7 +216,7 @@ class PolicyGroup:
         """As `score`, and the experts that were used. `weight_version`: what the current weights are called."""
         step = pack_step(sequences, self._packing)
         sent = await self._send(step, routes)
-        answers = await self.on_all(
+        answers = await self._tried_on_all(
             "score sequences and record their routes",
             lambda actor, rank: actor.score_and_record.remote(*sent.of_rank(rank)),
         )
@@ -162,14 +247,26 @@ class PolicyGroup:
         """`call(actor, rank)` on every rank; all answers in their order.
 
         `seconds`: the deadline; None: `policy.step_timeout_seconds`.
+
+        Raises:
+            PolicyLost: the deadline passed.
+            RunFailed: as `Supervisor.wait`.
         """
-        calls = [from_part(f"{PART} rank {rank}", call(actor, rank)) for rank, actor in enumerate(self.ranks)]
-        return await self._supervisor.wait(what, all_of(*calls), seconds or self._timeout_seconds)
+        calls = [from_part(_name(rank), call(actor, rank)) for rank, actor in enumerate(self.ranks)]
+        return await self._wait(what, all_of(*calls), seconds or self._timeout_seconds)
+
+    async def _tried_on_all(self, what: str, call: Callable[[Any, int], ObjectRef]) -> list:
+        return await self.retried(lambda: self.on_all(what, call))
 
     async def on_first(self, what: str, call: Callable[[Any], ObjectRef], seconds: float | None = None) -> Any:
-        """`call(actor)` on rank 0 alone; `seconds` as in `on_all`."""
-        answer = from_part(f"{PART} rank 0", call(self.ranks[0]))
-        return await self._supervisor.wait(what, answer, seconds or self._timeout_seconds)
+        """`call(actor)` on rank 0 alone. `seconds` and what is raised as in `on_all`."""
+        return await self._wait(what, from_part(_name(0), call(self.ranks[0])), seconds or self._timeout_seconds)
+
+    async def _wait(self, what: str, work: Awaitable[T], seconds: float) -> T:
+        try:
+            return await self._supervisor.wait(what, work, seconds)
+        except Expired as expired:
+            raise PolicyLost(what, expired.cause) from None
 
     async def stop(self) -> None:
         """Ranks hold nothing that outlives them, so they are simply ended."""

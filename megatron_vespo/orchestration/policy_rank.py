@@ -23,7 +23,11 @@ PIECES_OF_A_BUCKET = 8
 """What rank 0 receives from others at once is so small a part of a bucket."""
 
 
-@ray.remote(max_restarts=0, concurrency_groups={"sentinel": 1, "weights": 2})  # pyright: ignore[reportCallIssue]
+CONCURRENT = {"sentinel": 1, "answer": 1, "weights": 2}
+"""Calls that a rank takes beside its work."""
+
+
+@ray.remote(max_restarts=0, concurrency_groups=CONCURRENT)  # pyright: ignore[reportCallIssue]
 class PolicyRank:
     """Rank `rank` of `policy.ranks`. Methods that talk to other ranks must be called on all of them."""
 
@@ -229,6 +233,10 @@ class PolicyRank:
     def finish_export(self) -> None:
         exporting, self._exporting = self._exporting, None  # it holds a copy of the model
         exporting.finish()
+
+    @ray.method(concurrency_group="answer")
+    def answer(self) -> None:
+        """Returns at once, whatever else is going on, unless this process is dead or stands still."""
 
     @ray.method(concurrency_group="sentinel")
     def hold(self) -> None:

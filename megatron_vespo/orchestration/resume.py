@@ -16,6 +16,7 @@ from megatron_vespo.orchestration.checkpoints import (
     PROGRESS_FILE,
     ROW_FILES,
     complete_checkpoints,
+    load_trainer,
     of_steps,
     remove,
     require_whole,
@@ -141,11 +142,7 @@ async def restore(session: Session, checkpoint: Path) -> None:
     """
     saved = read_progress(checkpoint)
     session.console.phase(f"going on after step {saved['step']}")
-    await session.policy.on_all(
-        "load the saved state",
-        lambda actor, _: actor.load_saved.remote(str(checkpoint), saved["step"]),
-        session.config.checkpoint.timeout_seconds,
-    )
+    await load_trainer(session, checkpoint)
     trajectories = iter(read_trajectories(checkpoint))
     session.progress.step = saved["step"]
     session.progress.mini_batches = [list(islice(trajectories, count)) for count in saved["mini_batches"]]

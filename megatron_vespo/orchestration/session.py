@@ -3,13 +3,14 @@
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from megatron_vespo.config import TrainConfig
 from megatron_vespo.data.prompts import PromptStream
 from megatron_vespo.observability.console import RunConsole
 from megatron_vespo.observability.sinks import Metrics
 from megatron_vespo.orchestration.engines import Engines
+from megatron_vespo.orchestration.journal import StepJournal
 from megatron_vespo.orchestration.policy_group import PolicyGroup
 from megatron_vespo.orchestration.sampler import Sampler
 from megatron_vespo.orchestration.weight_updater import WeightUpdater
@@ -35,6 +36,7 @@ class Tally:
     """Complete, and not needed any more, at the run's end."""
     overlap: float = 0.0
     """Share of the loop's wall time in which both sampling and training ran."""
+    policy_restarts: int = 0
     mismatch_sum: float = 0.0
     mismatch_tokens: float = 0.0
     accuracy: dict[str, float] = field(default_factory=dict)
@@ -70,6 +72,15 @@ class Progress:
     """Asynchronous: prompts behind that place that are not to be sampled again."""
 
 
+class Writer(Protocol):
+    """Writes the trainer's state of some step while training goes on."""
+
+    async def begin_again(self, step: int) -> None:
+        """The trainer's processes are new, and where they were after `step` steps: what was being written of that step
+        is begun again."""
+        ...
+
+
 @dataclass
 class Session:
     config: TrainConfig
@@ -86,6 +97,9 @@ class Session:
     started: float = field(default_factory=time.monotonic)
     routing_shape: RoutingShape | None = None
     """Of the engine's routes; None: they are not recorded."""
+    journal: StepJournal | None = None
+    """None: a policy that is lost ends the run."""
+    writers: list[Writer] = field(default_factory=list)
     engine_probed: bool = False
     """Its routes were compared with the trainer's once."""
     elapsed_before: float = 0.0
@@ -114,6 +128,9 @@ class Session:
 
     async def export_checkpoint(self) -> None:
         self.console.phase("exporting the checkpoint")
-        await self.policy.on_all(
-            "export the checkpoint", lambda actor, _: actor.export.remote(str(self.checkpoint_folder), overwrite=True)
+        await self.policy.retried(
+            lambda: self.policy.on_all(
+                "export the checkpoint",
+                lambda actor, _: actor.export.remote(str(self.checkpoint_folder), overwrite=True),
+            )
         )

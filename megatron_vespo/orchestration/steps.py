@@ -38,15 +38,22 @@ async def train_step(session: Session, trajectories: list[Trajectory]) -> None:
     session.console.phase("training")
     session.console.progress(mini_batch, algorithm.sync_every, "steps", f"batch {batch + 1}")
     parts = await measure_parts(session, trajectories, progress.step + 1)
+    if session.journal is not None:
+        await session.journal.add(progress.step, trajectories)
     started = time.monotonic()
-    report = await session.policy.train_step(
+    report = await take_step(session, trajectories)
+    seconds = time.monotonic() - started
+    progress.step += 1
+    record_step(session, trajectories, report, gradient_noise(parts, report), seconds)
+
+
+async def take_step(session: Session, trajectories: list[Trajectory]) -> StepResult:
+    algorithm = session.config.algorithm
+    return await session.policy.train_step(
         training_sequences(trajectories, algorithm.old_policy),
         algorithm.objective,
         step_routes(trajectories, session.config.routing),
     )
-    seconds = time.monotonic() - started
-    progress.step += 1
-    record_step(session, trajectories, report, gradient_noise(parts, report), seconds)
 
 
 def record_step(

@@ -5,7 +5,7 @@ from collections.abc import Awaitable
 from typing import Any, TypeVar
 
 from ray import ObjectRef
-from ray.exceptions import ActorDiedError, RayTaskError
+from ray.exceptions import RayActorError, RayTaskError
 
 from megatron_vespo.errors import ConfigError, RunError
 
@@ -20,8 +20,14 @@ class RunFailed(RunError):
 
     def __init__(self, part: str, cause: str, details: str = "") -> None:
         super().__init__(f"{part}: {cause}")
+        self.part = part
+        self.cause = cause
         self.details = details
         """Stack traces, for the log."""
+
+
+class Expired(RunFailed):
+    """A deadline passed; nothing that is watched had died."""
 
 
 class Supervisor:
@@ -43,7 +49,7 @@ class Supervisor:
         """The result of `work`.
 
         Raises:
-            RunFailed: a watched part died, `work` raised, or `seconds` passed; with the first cause.
+            RunFailed: a watched part died, `work` raised, or `seconds` passed (`Expired`); with the first cause.
             ConfigError: `work` raised it: a mistake of the user's stays one.
         """
         task = asyncio.ensure_future(work)
@@ -54,7 +60,7 @@ class Supervisor:
             if task in done and task.exception() is None:
                 return task.result()
             if not done:
-                raise RunFailed(what, f"not finished after {seconds:.0f} s")
+                raise Expired(what, f"not finished after {seconds:.0f} s")
             await self._settle()
             if (failure := self._dead_part()) is not None:
                 raise failure
@@ -84,7 +90,7 @@ async def from_part(part: str, ref: ObjectRef) -> Any:
     """Await a Ray call; an error carries the name of the part that raised it."""
     try:
         return await ref
-    except (RayTaskError, ActorDiedError) as error:
+    except (RayTaskError, RayActorError) as error:
         raise _named(part, error) from None
 
 
@@ -103,12 +109,12 @@ def _named(part: str, error: BaseException | None) -> RunFailed:
         return error
     if isinstance(error, RayTaskError):
         return RunFailed(part, _one_line(error.cause), details=str(error))
-    if isinstance(error, ActorDiedError):
+    if isinstance(error, RayActorError):
         return RunFailed(part, _death(error), details=str(error))
     return RunFailed(part, _one_line(error))
 
 
-def _death(error: ActorDiedError) -> str:
+def _death(error: RayActorError) -> str:
     """Ray tells an error in an actor's constructor with its trace, whose last line is the error."""
     lines = [line for line in str(error).splitlines() if line.strip()]
     if any("Traceback" in line for line in lines) or "creation task" in str(error):

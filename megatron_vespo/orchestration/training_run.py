@@ -17,6 +17,7 @@ from megatron_vespo.orchestration.checkpoints import disk_bytes, step_of
 from megatron_vespo.orchestration.interruption import run_interruptible
 from megatron_vespo.orchestration.parts import Parts
 from megatron_vespo.orchestration.preflight import Prepared, prepare_training
+from megatron_vespo.orchestration.recovery import restarting_policy
 from megatron_vespo.orchestration.resume import continue_run_folder, find_checkpoint, is_finished, restore
 from megatron_vespo.orchestration.run_folder import create_run_folder, write_config
 from megatron_vespo.orchestration.runtime import Runtime
@@ -122,7 +123,8 @@ async def run_once(
     if checkpoint is not None:
         await restore(record.session, checkpoint)
         write_config(config, Path(config.run_dir))
-    await loop(record.session)
+    async with restarting_policy(record.session):
+        await loop(record.session)
 
 
 def summary(session: Session, status: str, wall_seconds: float) -> dict:
@@ -136,6 +138,7 @@ def summary(session: Session, status: str, wall_seconds: float) -> dict:
         "max_staleness": session.config.algorithm.max_staleness,
         "max_staleness_seen": tally.max_staleness_seen,
         **asynchronous_summary(session),
+        "policy_restarts": tally.policy_restarts,
         "generated_tokens": tally.generated_tokens,
         "trained_tokens": tally.trained_tokens,
         "wall_seconds": round(wall_seconds, 1),

@@ -82,6 +82,8 @@ class WeightUpdater:
         self._transport = ""
         self._held: dict[EngineClient, int] = {}
         """The weight version of each engine that a sync brought one; all others are new."""
+        self._abandoned: tuple[list[EngineClient], Receivers] | None = None
+        """Engines that are connected to trainer processes that are gone."""
         self.cache_version: int | None = None
         """Oldest weights that may have computed what an engine's prefix cache holds; None: none but the current."""
         self.syncs = 0
@@ -133,6 +135,12 @@ class WeightUpdater:
         if self._receivers is not None:
             await self._part(self._engines, self._receivers)
 
+    def abandon(self) -> None:
+        """The trainer's processes are gone, and others in their place: the next `sync` plans and connects anew."""
+        if self._receivers is not None:
+            self._abandoned = self._engines, self._receivers
+        self._buckets, self._engines, self._receivers, self._held = [], [], None, {}
+
     async def sync(self, weight_version: int, engines: Sequence[EngineClient]) -> SyncReport:
         """Send all weights to `engines` as `weight_version`, empty their prefix caches, and verify when it is due.
 
@@ -147,6 +155,9 @@ class WeightUpdater:
         """
         clock = time.monotonic
         started = clock()
+        if self._abandoned is not None:
+            (left, members), self._abandoned = self._abandoned, None
+            await self._leave([client for client in left if client in engines], members, in_update=True)
         if self._engines != list(engines) or self._receivers is None:
             await self.disconnect()
             await self.connect(engines)
@@ -312,7 +323,10 @@ class WeightUpdater:
     async def _part(self, engines: Sequence[EngineClient], members: Receivers, *, in_update: bool = False) -> Failures:
         """Let go of the sender, and of `engines`; returns those that do not answer."""
         self._engines, self._receivers = [], None
+        await self._policy.on_first("close the weight transport", lambda actor: actor.close_sender.remote())
+        return await self._leave(engines, members, in_update=in_update)
 
+    async def _leave(self, engines: Sequence[EngineClient], members: Receivers, *, in_update: bool) -> Failures:
         async def leave(client: EngineClient) -> None:
             for step in (members.end, members.leave) if in_update else (members.leave,):
                 try:
@@ -322,7 +336,6 @@ class WeightUpdater:
                         raise
                     # It answers, and is in no update or no group: which one, depends on how far it had come.
 
-        await self._policy.on_first("close the weight transport", lambda actor: actor.close_sender.remote())
         return await self._each(leave, PARTING_SECONDS, engines=engines) if engines else {}
 
 

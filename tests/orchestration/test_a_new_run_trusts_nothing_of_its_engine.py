@@ -48,7 +48,7 @@ def test_the_cache_is_emptied_at_the_first_sync_in_any_case(flush_cache, flushed
     engine = Engine()
     weights = updater(engine, flush_cache=flush_cache)
     for version in (4, 8, 12):
-        asyncio.run(weights.sync(version))
+        asyncio.run(weights.sync(version, [engine]))
     assert (engine.flushed, weights.cache_version) == (flushed, oldest)
     asyncio.run(updater(engine, flush_cache=flush_cache).sync(0))  # of the next run of a grid
     assert engine.flushed == flushed + 1
