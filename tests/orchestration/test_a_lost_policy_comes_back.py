@@ -10,7 +10,7 @@ from test_a_run_from_start_to_report import SHORT, rows, without_times
 
 from megatron_vespo.config import TrainConfig, load_config
 from megatron_vespo.observability.console import RunConsole
-from megatron_vespo.orchestration import asynchronous
+from megatron_vespo.orchestration.training import loop_of
 from megatron_vespo.orchestration.training_run import Resume, run_training_loop
 
 STEPS = 8
@@ -45,7 +45,7 @@ OTHER_FAULTS = {
 def train(folder: Path, *settings: str) -> Path:
     config = load_config(TrainConfig, "examples/quickstart.yaml", [f"run_dir={folder}", *SETTINGS, *settings])
     with RunConsole("test", STEPS, 1, "plain") as console:
-        run_training_loop(config, console, asynchronous.train, Resume())
+        run_training_loop(config, console, loop_of(config), Resume())
     return folder
 
 
@@ -54,11 +54,11 @@ def whole(tmp_path_factory) -> Path:
     return train(tmp_path_factory.mktemp("runs") / "whole")
 
 
-def train_with(faults: dict, folder: Path) -> Path:
+def train_with(faults: dict, folder: Path, *settings: str) -> Path:
     planned = Faults(dict(faults))
     with pytest.MonkeyPatch.context() as patch:
         planned.install(patch)
-        train(folder)
+        train(folder, *settings)
     assert not planned.planned  # all of them happened
     return folder
 
@@ -114,3 +114,9 @@ def test_the_last_checkpoint_is_whole_and_nothing_else_is_left(whole, disturbed)
 @pytest.mark.slow
 def test_other_moments_change_nothing_either(whole, tmp_path):
     require_same(whole, train_with(OTHER_FAULTS, tmp_path / "disturbed"))
+
+
+@pytest.mark.slow
+def test_a_synchronous_run_comes_back_within_a_rollout_batch(tmp_path):
+    settings, faults = "algorithm.asynchronous=null", {("train a step", 3): (1, KILL), ("gather weights", 3): (0, KILL)}
+    require_same(train(tmp_path / "whole", settings), train_with(faults, tmp_path / "disturbed", settings))
