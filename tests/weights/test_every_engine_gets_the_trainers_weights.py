@@ -41,13 +41,17 @@ def settings_of(transport: str, tmp_path) -> dict:
     return {"transport": transport} | disk
 
 
-@pytest.mark.parametrize(("transport", "layout"), [*zip(TRANSPORTS, ("{ep: 2}", "{tp: 2, etp: 2}", "{pp: 2}"), strict=True)])
+@pytest.mark.parametrize(
+    ("transport", "layout"), [*zip(TRANSPORTS, ("{ep: 2}", "{tp: 2, etp: 2}", "{pp: 2}"), strict=True)]
+)
 def test_all_ranks_of_all_engines_hold_what_was_sent(trainer, clients, other_weights, tmp_path, transport, layout):
     trainer.load(other_weights, layout)
     updater = trainer.updater(**settings_of(transport, tmp_path), verify_every=2)
     report = trainer.run(updater.sync(4, clients))
     assert (report.transport, report.engines, report.verified) == (transport, 2, True)
-    assert report.buckets > 2 and report.bytes == sum(t.nbytes for t in load_file(other_weights / "model.safetensors").values())
+    assert report.buckets > 2 and report.bytes == sum(
+        t.nbytes for t in load_file(other_weights / "model.safetensors").values()
+    )
     for client in clients:
         assert trainer.run(client.weight_version()) == "4"
         assert trainer.differences(client, other_weights) == []
