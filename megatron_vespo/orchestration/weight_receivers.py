@@ -7,7 +7,7 @@ from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from megatron_vespo.orchestration.cluster import LOOPBACK
-from megatron_vespo.rollout.client import EngineClient
+from megatron_vespo.rollout.client import EngineClient, EngineError
 from megatron_vespo.weights.buckets import Bucket
 
 Transport = Literal["collective", "shared_memory", "disk"]
@@ -22,7 +22,14 @@ class Receivers(ABC):
     """Of process groups with the trainer, where engines are in such."""
 
     async def begin(self, client: EngineClient) -> None:
-        await client.begin_weight_update()
+        try:
+            await client.begin_weight_update()
+        except EngineError as error:
+            if error.status is None:
+                raise
+            # An update was given up while the engine did not answer, and is still open there.
+            await client.end_weight_update()
+            await client.begin_weight_update()
 
     @abstractmethod
     async def load(

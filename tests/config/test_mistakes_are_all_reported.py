@@ -48,9 +48,15 @@ def test_every_mistake_is_named_at_once():
 def test_every_contradiction_is_named_at_once():
     message = mistakes(
         *("policy.ranks=3", "algorithm.steps=121", "optimizer.warmup_steps=500", "rollout.sampling.top_p=0.9"),
-        *("rollout.sampling.top_k=5", "optimizer.min_learning_rate=1", "rollout.engine.tensor_parallel=0"),
+        *("rollout.sampling.top_k=5", "optimizer.min_learning_rate=1", "weight_sync.transport=disk"),
     )
-    for key in ("policy.ranks", "algorithm.steps", "optimizer.warmup_steps", "rollout.sampling.top_p"):
+    for key in (
+        "policy.ranks",
+        "algorithm.steps",
+        "optimizer.warmup_steps",
+        "rollout.sampling.top_p",
+        "weight_sync.disk.folder",
+    ):
         assert f"  {key}: " in message
     assert "7 mistakes" in message
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 from broadcast import group_with, update
+from held_weights import differences, number_of_tensors, weights_in
 from rollouts import collect, random_prompts, sampled
 from test_engine_equals_transformers import naive_log_probs
-from test_weights_arrive import differences, number_of_tensors, weights_in
 from tiny_engine import RunningEngine, running_engine, write_tiny_architecture
 
 from megatron_vespo.config import RolloutConfig

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 from broadcast import group_with, update
+from held_weights import differences, number_of_tensors, weights_in
 from rollouts import collect, random_prompts
 from test_dense_models_are_served_and_synced import largest_difference
-from test_weights_arrive import differences, number_of_tensors, weights_in
 from tiny_engine import RunningEngine, running_engine, tiny_server, write_tiny_architecture, write_tiny_qwen3_moe
 
 from megatron_vespo.config import ConfigError, EngineConfig, RolloutConfig

@@ -4,9 +4,9 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 from broadcast import group_with, update
+from held_weights import weights_in
 from rollouts import collect, random_prompts
 from test_servers_leave_nothing_behind import wait_until
-from test_weights_arrive import weights_in
 from tiny_engine import ROUTE_SHAPE, RunningEngine, running_engine, write_tiny_qwen3_moe
 from transformers_routes import load, routes_of, tokens_of
 

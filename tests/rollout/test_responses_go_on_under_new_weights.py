@@ -5,9 +5,9 @@ import asyncio
 import numpy as np
 import pytest
 from broadcast import group_with, send, update
+from held_weights import weights_in
 from rollouts import collect, random_prompts, settings_of
 from test_engine_equals_transformers import naive_log_probs
-from test_weights_arrive import weights_in
 from tiny_engine import ROUTE_SHAPE, write_tiny_qwen3_moe
 from transformers_routes import load, routes_of, share_equal, tokens_of
 

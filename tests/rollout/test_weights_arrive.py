@@ -1,33 +1,14 @@
-import json
-
 import pytest
 import torch
 from broadcast import group_with, update
+from held_weights import differences, number_of_tensors, weights_in
 from rollouts import collect, random_prompts, sampled
-from safetensors.torch import load_file
 from tiny_engine import running_engine, write_tiny_qwen3_moe
 
 from megatron_vespo.config import RolloutConfig
-from megatron_vespo.rollout.fused_checksums import compare_ranks, expected_checksums
 from megatron_vespo.rollout.response_checks import ResponseError
 
 pytestmark = pytest.mark.engine
-
-
-def weights_in(folder) -> dict[str, torch.Tensor]:
-    return load_file(folder / "model.safetensors")
-
-
-def differences(engine, tensors: dict[str, torch.Tensor]) -> list[str]:
-    found = engine.run(engine.client.weights_checksum())
-    config = json.loads((engine.model_path / "config.json").read_text())
-    sizes = {"num_experts": 8, "kv_heads": config["num_key_value_heads"], "ranks": engine.client.ranks}
-    return compare_ranks(expected_checksums(tensors.items(), dtype="float32", **sizes), found)
-
-
-def number_of_tensors(engine) -> int:
-    """On all ranks of the engine."""
-    return sum(len(rank) for rank in engine.run(engine.client.weights_checksum()))
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_vespo.weights.buckets import fill_buckets, plan_buckets, specs_of
+from megatron_vespo.weights.buckets import fill_bucket, plan_buckets, require_end, specs_of
 
 
 @pytest.fixture(scope="module")
@@ -19,6 +19,17 @@ def engine_bucket():
     sys.modules["tensor_bucket"] = module
     spec.loader.exec_module(module)
     return module.FlattenedTensorBucket
+
+
+def filled(buckets, sent):
+    """Each bucket with its bytes, in memory that holds something else behind them."""
+    stream = iter(sent)
+    for bucket in buckets:
+        slot = torch.full((bucket.num_bytes + 8,), 7, dtype=torch.uint8)
+        fill_bucket(bucket, stream, slot)
+        assert slot[bucket.num_bytes :].tolist() == [7] * 8
+        yield bucket, slot[: bucket.num_bytes]
+    require_end(stream)
 
 
 def tensors():
@@ -33,7 +44,7 @@ def test_the_engine_reads_back_every_tensor_bitwise(engine_bucket, bucket_bytes)
     sent = tensors()
     buckets = plan_buckets(specs_of(sent), bucket_bytes)
     received = {}
-    for bucket, flat in fill_buckets(buckets, iter(sent)):
+    for bucket, flat in filled(buckets, sent):
         empty = engine_bucket.empty(
             [s.name for s in bucket.specs],
             [s.dtype for s in bucket.specs],
@@ -57,8 +68,8 @@ def test_tensors_that_are_not_the_plans_are_refused():
     sent = tensors()
     buckets = plan_buckets(specs_of(sent), 64)
     with pytest.raises(ValueError, match=r"float\.1.*holds.*float\.2"):
-        list(fill_buckets(buckets, [sent[0], sent[2]]))
+        list(filled(buckets, [sent[0], sent[2]]))
     with pytest.raises(ValueError, match="no further tensor"):
-        list(fill_buckets(buckets, sent[:-1]))
+        list(filled(buckets, sent[:-1]))
     with pytest.raises(ValueError, match="no bucket for more"):
-        list(fill_buckets(buckets, [*sent, ("more", torch.zeros(1))]))
+        list(filled(buckets, [*sent, ("more", torch.zeros(1))]))

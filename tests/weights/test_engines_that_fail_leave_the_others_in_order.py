@@ -1,4 +1,5 @@
-"""An engine is killed or stopped in the middle of a sync: it is named, and the other one gets the weights."""
+"""An engine is killed or stopped in the middle of a sync: it is named, and the other one gets the weights. One that goes on
+can come back."""
 
 import os
 import signal
@@ -63,7 +64,7 @@ def fail(trainer, updater, victim, survivor, number: int) -> EnginesFailed:
 @pytest.mark.parametrize("transport", TRANSPORTS)
 def test_an_engine_that_is_stopped(trainer, victim, survivor, other_weights, tmp_path, transport):
     trainer.load(other_weights)
-    updater = trainer.updater(**settings_of(transport, tmp_path), timeout_seconds=12.0)
+    updater = trainer.updater(**settings_of(transport, tmp_path), timeout_seconds=25.0)
     failure = fail(trainer, updater, victim, survivor, signal.SIGSTOP)
     try:
         assert list(failure.engines) == ["victim"] and "did not answer within" in failure.engines["victim"]
@@ -71,6 +72,10 @@ def test_an_engine_that_is_stopped(trainer, victim, survivor, other_weights, tmp
         assert trainer.differences(survivor, other_weights) == []
     finally:
         send_signal(victim.server.pid, signal.SIGCONT)
+    back = trainer.client(victim.server, "back")
+    assert trainer.run(updater.sync(2, [back, survivor])).verified
+    assert trainer.differences(back, other_weights) == []
+    trainer.run(updater.disconnect())
     assert not list(Path(tmp_path).glob("weights/*/*"))
 
 

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
-from safetensors.torch import load_file
+from held_weights import compared, weights_in
 
 from megatron_vespo.checkpoint.hf_config import read_architecture
 from megatron_vespo.config import TrainConfig, WeightSyncConfig, load_config
@@ -14,7 +14,6 @@ from megatron_vespo.orchestration.policy_group import PolicyGroup
 from megatron_vespo.orchestration.runtime import Runtime
 from megatron_vespo.orchestration.weight_updater import WeightUpdater
 from megatron_vespo.rollout.client import EngineClient
-from megatron_vespo.rollout.fused_checksums import compare_ranks, expected_checksums
 
 T = TypeVar("T")
 
@@ -46,10 +45,7 @@ class Trainer:
 
     def differences(self, client: EngineClient, folder: Path) -> list[str]:
         """Between the engine and the checkpoint in `folder`."""
-        tensors, heads = load_file(folder / "model.safetensors"), read_architecture(folder).num_query_groups
-        sizes = {"num_experts": 8, "kv_heads": heads, "ranks": client.ranks}
-        expected = expected_checksums(tensors.items(), dtype="float32", **sizes)
-        return compare_ranks(expected, self.run(client.weights_checksum()))
+        return compared(self.run(client.weights_checksum()), weights_in(folder), folder)
 
     def close_clients(self) -> None:
         for client in self._clients:
