@@ -277,7 +277,9 @@ def check(output: EngineOutput, generation: Generation, what: str, asked: int) -
     if output.finish_reason == "length" and length != asked:
         raise ResponseError(f"{what}: cut after {length} of {asked} tokens: the engine's context is too short")
     if output.finish_reason == "stop" and generation.response_length is not None:
-        raise ResponseError(f"{what}: the engine ended it after {length} of {asked} tokens, though told to ignore stops")
+        raise ResponseError(
+            f"{what}: the engine ended it after {length} of {asked} tokens, though told to ignore stops"
+        )
     if len(output.log_probs) != length:
         raise ResponseError(f"{what}: {length} tokens but {len(output.log_probs)} log-probs")
     if length:
