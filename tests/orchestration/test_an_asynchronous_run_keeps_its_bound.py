@@ -43,7 +43,8 @@ def run(tmp_path_factory):
     async def remembered(session, trajectories):
         used.append((session.progress.step, trajectories))
         if session.progress.step >= STANDS_STILL:
-            return await train_step(session, trajectories)
+            await train_step(session, trajectories)
+            return
         client = session.sampler.client
         await client.pause_generation("in_place")
         await train_step(session, trajectories)
