@@ -10,7 +10,6 @@ beside it; its rates are taken from these two alone, never from the runs that it
 """
 
 import argparse
-import asyncio
 import importlib.metadata
 import json
 import os
@@ -19,6 +18,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -28,7 +28,6 @@ import psutil
 from rich.console import Console
 
 from megatron_vespo.config import ResponseLengthConfig, TrainConfig, load_config
-from megatron_vespo.data.prompts import PromptStream
 from megatron_vespo.observability.console import RunConsole
 from megatron_vespo.observability.run_folder import RunFolder, read_run
 from megatron_vespo.orchestration.interruption import run_interruptible
@@ -229,10 +228,11 @@ def measure_alone(found: dict[str, Alone]) -> Loop:
 
 async def run(parts: Parts, config: TrainConfig, loop: Loop | None) -> RunFolder:
     folder, name = create_run_folder(config, config.run_dir, True, 0), Path(config.run_dir).name
-    log = Console(file=(folder / "console.log").open("w"), highlight=False)
-    with RunConsole(name, config.algorithm.steps, SYNC_EVERY, "plain", log) as console:
-        with recorded(config, folder, console, time.monotonic()) as record:
-            await run_once(parts, config, prepare_training(config), record, console, loop or pinned(loop_of(config)))
+    with ExitStack() as stack:
+        log = Console(file=stack.enter_context((folder / "console.log").open("w")), highlight=False)
+        console = stack.enter_context(RunConsole(name, config.algorithm.steps, SYNC_EVERY, "plain", log))
+        record = stack.enter_context(recorded(config, folder, console, time.monotonic()))
+        await run_once(parts, config, prepare_training(config), record, console, loop or pinned(loop_of(config)))
     return read_run(config.run_dir)
 
 
