@@ -132,6 +132,41 @@ def report(run: Annotated[Path, typer.Argument(help="Folder of a run.", metavar=
     print(f"report: {write_report(run)}")
 
 
+@app.command()
+def plan(
+    config: ConfigFile,
+    gpus: Annotated[int, typer.Option(min=2, help="GPUs of the whole run.")],
+    overrides: Overrides = None,
+    max_staleness: Annotated[
+        list[int] | None, typer.Option(help="Bound to look at instead of the configuration's; repeatable.")
+    ] = None,
+    rates: Annotated[
+        Path | None, typer.Option(help="YAML with your own speeds; else those published of Qwen3-30B-A3B on H100.")
+    ] = None,
+    prompt_tokens: Annotated[int | None, typer.Option(min=1, help="Of a prompt.")] = None,
+    median_response: Annotated[float | None, typer.Option(min=1, help="Median response length, in tokens.")] = None,
+    sigma: Annotated[
+        float | None, typer.Option(min=0, help="Standard deviation of the logarithm of the response length.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """How many of the GPUs should sample and how many should train: simulates the run with every split."""
+    from megatron_vespo.config import TrainConfig, load_config
+    from megatron_vespo.config.planning import RatesConfig
+    from megatron_vespo.planning.published import QWEN3_30B_A3B_ON_H100
+    from megatron_vespo.planning.split import bounds_of, lengths_of, plan_split
+    from megatron_vespo.planning.split_table import print_split, split_json
+
+    settings = load_config(TrainConfig, config, overrides)
+    speeds = QWEN3_30B_A3B_ON_H100 if rates is None else load_config(RatesConfig, rates)
+    lengths = lengths_of(settings, prompt_tokens, median_response, sigma)
+    rows = plan_split(settings, gpus, speeds, lengths, bounds_of(settings, max_staleness or []))
+    if as_json:
+        print(split_json(speeds, lengths, rows))
+    else:
+        print_split(speeds, lengths, rows)
+
+
 def main() -> None:
     """Exit codes: 0 done, 1 the run failed, 2 a mistake in the input, 128 + n stopped by signal n."""
     sys.exit(exit_code(app))

@@ -7,7 +7,7 @@ from contextlib import asynccontextmanager
 
 import numpy as np
 
-from megatron_vespo.orchestration.admission import Bound, Ledger
+from megatron_vespo.admission import Bound, Ledger
 from megatron_vespo.orchestration.busy_time import BusyTime
 from megatron_vespo.orchestration.drawn_prompts import DrawnPrompts
 from megatron_vespo.orchestration.mini_batches import settle_truncated

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_vespo.orchestration.admission import Bound, Ledger
+from megatron_vespo.admission import Bound, Ledger
 
 
 @settings(deadline=None)
