@@ -22,7 +22,7 @@ class Engine:
         self, runtime: Runtime, settings: dict[str, Any], gpus: int, weights_timeout_seconds: float = 600.0
     ) -> None:
         """`settings`: arguments of `EngineServer`."""
-        settings = settings | {"scratch_parent": str(runtime.scratch)}
+        settings = settings | {"scratch_parent": str(runtime.scratch), "parts": str(runtime.parts), "name": PART}
         self._weights_timeout_seconds = weights_timeout_seconds
         self._supervisor = runtime.supervisor
         self._settings = settings
@@ -35,7 +35,9 @@ class Engine:
     async def start(self) -> EngineClient:
         """Start the server and return a client of it, once it is healthy."""
         timeout = self._settings["engine"].startup_timeout_seconds
-        url = await self._supervisor.wait("start the engine", from_part(PART, self._actor.start.remote()), timeout)
+        url = await self._supervisor.wait(
+            "start the engine", from_part(PART, self._actor.start.remote()), timeout, PART
+        )
         self._supervisor.watch(PART, self._actor.hold.remote())
         self._client = EngineClient(
             url,

@@ -44,7 +44,9 @@ def run_evaluation(config: EvaluateConfig, checkpoint: Path, output: Path | None
                 str(checkpoint), config.dtype, config.data, config.rollout, seed=0, logs=runtime.logs
             )
             engine = Engine(runtime, settings, gpus=gpus_per_process(config.rollout.engine.tensor_parallel))
-            grader = RewardPool(config.reward, config.data, config.evaluation.sources, runtime.logs / "graders.log")
+            grader = RewardPool(
+                config.reward, config.data, config.evaluation.sources, runtime.logs / "graders.log", runtime.parts
+            )
             runtime.on_stop("graders", lambda: asyncio.to_thread(grader.close))
             starting = all_of(engine.start(), asyncio.to_thread(grader.start))
             timeout = config.rollout.engine.startup_timeout_seconds

@@ -13,7 +13,6 @@ from megatron_vespo.config import ObjectiveConfig, SFTConfig, TrainConfig
 from megatron_vespo.orchestration.cluster import actor_options
 from megatron_vespo.orchestration.policy_rank import PolicyRank
 from megatron_vespo.orchestration.runtime import Runtime
-from megatron_vespo.orchestration.supervision import all_of, from_part
 from megatron_vespo.policy.batch import MicroBatch, TrainingSequence
 from megatron_vespo.policy.layout_fit import packing_rules
 from megatron_vespo.policy.packing import pack_step, report_packing
@@ -59,7 +58,7 @@ class PolicyGroup:
         self._supervisor = runtime.supervisor
         runtime.on_stop(PART, self.stop)
         self.ranks = [
-            PolicyRank.options(**actor_options(gpus_per_rank)).remote(rank)  # pyright: ignore[reportAttributeAccessIssue]
+            PolicyRank.options(**actor_options(gpus_per_rank)).remote(rank, str(runtime.parts))  # pyright: ignore[reportAttributeAccessIssue]
             for rank in range(ranks)
         ]
         for rank, actor in enumerate(self.ranks):
@@ -75,7 +74,9 @@ class PolicyGroup:
         port = await self.on_first("open the trainer's port", lambda actor: actor.listen_for_ranks.remote())
         self._shape = architecture.routing_shape
         self._places: list[RankPlace] = await self.on_all(
-            "start policy", lambda actor, _: actor.build.remote(port, config, total_steps, temperature)
+            "start policy",
+            lambda actor, _: actor.build.remote(port, config, total_steps, temperature),
+            config.policy.startup_timeout_seconds,
         )
 
     async def train_step(
@@ -163,13 +164,13 @@ class PolicyGroup:
 
         `seconds`: the deadline; None: `policy.step_timeout_seconds`.
         """
-        calls = [from_part(f"{PART} rank {rank}", call(actor, rank)) for rank, actor in enumerate(self.ranks)]
-        return await self._supervisor.wait(what, all_of(*calls), seconds or self._timeout_seconds)
+        calls = {f"{PART} rank {rank}": call(actor, rank) for rank, actor in enumerate(self.ranks)}
+        return await self._supervisor.answers(what, calls, seconds or self._timeout_seconds)
 
     async def on_first(self, what: str, call: Callable[[Any], ObjectRef]) -> Any:
         """`call(actor)` on rank 0 alone."""
-        answer = from_part(f"{PART} rank 0", call(self.ranks[0]))
-        return await self._supervisor.wait(what, answer, self._timeout_seconds)
+        (answer,) = await self._supervisor.answers(what, {f"{PART} rank 0": call(self.ranks[0])}, self._timeout_seconds)
+        return answer
 
     async def stop(self) -> None:
         """Ranks hold nothing that outlives them, so they are simply ended."""

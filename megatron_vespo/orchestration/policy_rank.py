@@ -11,6 +11,7 @@ from megatron_vespo.config import ObjectiveConfig, SFTConfig, TrainConfig
 from megatron_vespo.orchestration.cluster import LOOPBACK
 from megatron_vespo.policy.batch import MicroBatch
 from megatron_vespo.policy.result import StepResult, TokenScores
+from megatron_vespo.presence import announce
 from megatron_vespo.rendezvous import listen, port_of
 from megatron_vespo.routing.slices import RankPlace, RouteSlice, StepRoutes
 from megatron_vespo.weights.buckets import Bucket, TensorSpec
@@ -25,7 +26,9 @@ WEIGHT_GROUP = "megatron_vespo_weights"
 class PolicyRank:
     """Rank `rank` of `policy.ranks`. Methods that talk to other ranks must be called on all of them."""
 
-    def __init__(self, rank: int) -> None:
+    def __init__(self, rank: int, parts: str) -> None:
+        """`parts`: the folder where processes of the run make themselves known."""
+        announce(Path(parts), f"policy rank {rank}")
         self._rank = rank
         self._listener: socket.socket | None = None
         self._sender: Any = None

@@ -49,6 +49,8 @@ class EngineServer:
         return_routed_experts: requests may ask for the experts that their tokens went to.
         scratch_parent: where the folder of the server's sockets is made; None: the system's temporary folder. What is
             killed before it could clean up goes with this folder.
+        parts: the folder where processes of a run make themselves known; None: there is no run.
+        name: what the server's first process makes itself known as.
         device: "cuda" or "cpu"; None: "cuda" where torch finds it.
     """
 
@@ -65,12 +67,15 @@ class EngineServer:
         weight_version: int = 0,
         return_routed_experts: bool = False,
         scratch_parent: str | Path | None = None,
+        parts: str | Path | None = None,
+        name: str = "engine",
         device: str | None = None,
     ) -> None:
         self._device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self._engine = engine
         self._log_path = Path(log_path)
         self._scratch_parent = scratch_parent
+        self._presence = [] if parts is None else ["--parts", str(parts), "--name", name]
         check_sequence_length(model_path, max_sequence_tokens)
         self._arguments = command_line_arguments(
             model_path=model_path,
@@ -128,6 +133,7 @@ class EngineServer:
         self._log_path.parent.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, "-m", "megatron_vespo.rollout.serve"]
         command += ["--parent", str(os.getpid()), "--scratch", str(self._scratch)]
+        command += self._presence
         command += router_noise.as_options(self._engine.router_noise)
         command += ["--host", HOST, "--port", str(self.port), *self._arguments]
         with self._log_path.open("ab") as log:
