@@ -91,7 +91,7 @@ def tiny_server(model_path: Path, log_path: Path, **changes) -> EngineServer:
 def running_engine(model_path: Path, log_path: Path, **changes) -> Iterator[RunningEngine]:
     loop = asyncio.new_event_loop()
     with tiny_server(model_path, log_path, **changes) as server:
-        client = EngineClient(server.url, timeout_seconds=120, weights_timeout_seconds=60)
+        client = EngineClient(server.url, token=server.token, timeout_seconds=120, weights_timeout_seconds=60)
         try:
             yield RunningEngine(server, client, model_path, loop)
         finally:

@@ -85,9 +85,7 @@ def read_status(folder: Path) -> RunStatus:
     )
 
 
-def judge(
-    written: dict[str, Any], summary: dict[str, Any], parts: list[PartStatus], now: float
-) -> tuple[State, str]:
+def judge(written: dict[str, Any], summary: dict[str, Any], parts: list[PartStatus], now: float) -> tuple[State, str]:
     """`written`: status.json, which is newer than summary.json where a run goes on after an interruption."""
     if not written:
         outcome = summary.get("status", "")

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from megatron_vespo.config import PlannedRun
 from megatron_vespo.errors import ConfigError, RunError
+from megatron_vespo.interface import find_interface
 from megatron_vespo.observability.comparison import Variant, comparison_rows, write_comparison
 from megatron_vespo.observability.console import RunConsole
 from megatron_vespo.observability.run_folder import read_run
@@ -61,7 +62,8 @@ def run_ablation(
         return minutes is None or time.monotonic() - started < 60 * minutes
 
     async def train_on() -> None:
-        async with Runtime(max(run.config.policy.ranks for run in todo) + 1, out) as runtime:
+        interface = find_interface(todo[0].config.cluster.interface)
+        async with Runtime(max(run.config.policy.ranks for run in todo) + 1, out, interface) as runtime:
             parts = Parts(runtime)
             while todo and in_time():
                 await train_one(parts, todo[0], f"[{len(planned) - len(todo) + 1}/{len(planned)}]")

@@ -22,12 +22,18 @@ class Engine:
         self, runtime: Runtime, settings: dict[str, Any], gpus: int, weights_timeout_seconds: float = 600.0
     ) -> None:
         """`settings`: arguments of `EngineServer`."""
-        settings = settings | {"scratch_parent": str(runtime.scratch), "parts": str(runtime.parts), "name": PART}
+        settings = settings | {
+            "scratch_parent": str(runtime.scratch),
+            "parts": str(runtime.parts),
+            "name": PART,
+            "interface": runtime.interface,
+            "token": runtime.token,
+        }
         self._weights_timeout_seconds = weights_timeout_seconds
         self._supervisor = runtime.supervisor
         self._settings = settings
         self._actor = EngineActor.options(  # pyright: ignore[reportAttributeAccessIssue]
-            **actor_options(gpus)
+            **actor_options(gpus, runtime.interface)
         ).remote(settings)
         self._client: EngineClient | None = None
         runtime.on_stop(PART, self.stop)
@@ -41,6 +47,7 @@ class Engine:
         self._supervisor.watch(PART, self._actor.hold.remote())
         self._client = EngineClient(
             url,
+            token=self._settings["token"],
             timeout_seconds=self._settings["engine"].request_timeout_seconds,
             weights_timeout_seconds=self._weights_timeout_seconds,
         )

@@ -11,6 +11,7 @@ from megatron_vespo.config import EvaluateConfig
 from megatron_vespo.data.prompts import held_out_prompts
 from megatron_vespo.data.sources import numbered_sources
 from megatron_vespo.data.tokenizer import load_tokenizer
+from megatron_vespo.interface import find_interface
 from megatron_vespo.observability.console import RunConsole
 from megatron_vespo.orchestration.cluster import gpus_per_process
 from megatron_vespo.orchestration.engine import Engine, engine_settings
@@ -31,6 +32,7 @@ def run_evaluation(config: EvaluateConfig, checkpoint: Path, output: Path | None
         ConfigError: before anything was started.
         RunError: the engine failed, or the command was stopped.
     """
+    interface = find_interface(config.cluster.interface)
     architecture = check_folder(checkpoint)
     check_engine(str(checkpoint), config.dtype, architecture, config.data, config.rollout)
     tokenizer = load_tokenizer(checkpoint)
@@ -39,7 +41,7 @@ def run_evaluation(config: EvaluateConfig, checkpoint: Path, output: Path | None
 
     async def main() -> dict[str, Any]:
         console.phase("starting the engine")
-        async with Runtime(1, folder) as runtime:
+        async with Runtime(1, folder, interface) as runtime:
             settings = engine_settings(
                 str(checkpoint), config.dtype, config.data, config.rollout, seed=0, logs=runtime.logs
             )

@@ -6,8 +6,9 @@ from collections.abc import Awaitable
 from pathlib import Path
 from typing import Any
 
-from megatron_vespo.config import TrainConfig
+from megatron_vespo.config import ConfigError, TrainConfig
 from megatron_vespo.data.sources import numbered_sources
+from megatron_vespo.interface import find_interface
 from megatron_vespo.observability.console import RunConsole
 from megatron_vespo.observability.sinks import Metrics
 from megatron_vespo.orchestration import engine, policy_group
@@ -44,6 +45,8 @@ class Parts:
 
     async def session(self, config: TrainConfig, prepared: Prepared, metrics: Metrics, console: RunConsole) -> Session:
         """Everything that a run of `config` needs, with trainer and engine connected."""
+        if find_interface(config.cluster.interface) != self._runtime.interface:
+            raise ConfigError("cluster.interface: all runs of a grid have one, since they share their parts")
         self._runtime.follow(Path(config.run_dir))
         timed = _Timed(metrics, console)
         if self._weights is not None:

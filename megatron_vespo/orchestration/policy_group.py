@@ -56,9 +56,13 @@ class PolicyGroup:
     def __init__(self, ranks: int, runtime: Runtime, gpus_per_rank: int) -> None:
         """Starts the processes; there is a model once `build` was awaited."""
         self._supervisor = runtime.supervisor
+        self.address = runtime.interface.address
+        """Where rank 0 listens."""
         runtime.on_stop(PART, self.stop)
         self.ranks = [
-            PolicyRank.options(**actor_options(gpus_per_rank)).remote(rank, str(runtime.parts))  # pyright: ignore[reportAttributeAccessIssue]
+            PolicyRank.options(  # pyright: ignore[reportAttributeAccessIssue]
+                **actor_options(gpus_per_rank, runtime.interface)
+            ).remote(rank, str(runtime.parts), self.address)
             for rank in range(ranks)
         ]
         for rank, actor in enumerate(self.ranks):
@@ -71,12 +75,13 @@ class PolicyGroup:
         whenever another run shall use these processes."""
         self._timeout_seconds = config.policy.step_timeout_seconds
         self._packing = packing_rules(architecture, config.policy)
-        port = await self.on_first("open the trainer's port", lambda actor: actor.listen_for_ranks.remote())
+        seconds = config.policy.startup_timeout_seconds
+        port = await self.on_first("open the trainer's port", lambda actor: actor.listen_for_ranks.remote(), seconds)
         self._shape = architecture.routing_shape
         self._places: list[RankPlace] = await self.on_all(
             "start policy",
             lambda actor, _: actor.build.remote(port, config, total_steps, temperature),
-            config.policy.startup_timeout_seconds,
+            seconds,
         )
 
     async def train_step(
@@ -167,9 +172,10 @@ class PolicyGroup:
         calls = {f"{PART} rank {rank}": call(actor, rank) for rank, actor in enumerate(self.ranks)}
         return await self._supervisor.answers(what, calls, seconds or self._timeout_seconds)
 
-    async def on_first(self, what: str, call: Callable[[Any], ObjectRef]) -> Any:
-        """`call(actor)` on rank 0 alone."""
-        (answer,) = await self._supervisor.answers(what, {f"{PART} rank 0": call(self.ranks[0])}, self._timeout_seconds)
+    async def on_first(self, what: str, call: Callable[[Any], ObjectRef], seconds: float | None = None) -> Any:
+        """`call(actor)` on rank 0 alone. `seconds` as in `on_all`."""
+        calls = {f"{PART} rank 0": call(self.ranks[0])}
+        (answer,) = await self._supervisor.answers(what, calls, seconds or self._timeout_seconds)
         return answer
 
     async def stop(self) -> None:

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 import ray
 
 from megatron_vespo.config import ObjectiveConfig, SFTConfig, TrainConfig
-from megatron_vespo.orchestration.cluster import LOOPBACK
 from megatron_vespo.policy.batch import MicroBatch
 from megatron_vespo.policy.result import StepResult, TokenScores
 from megatron_vespo.presence import announce
@@ -26,8 +25,9 @@ WEIGHT_GROUP = "megatron_vespo_weights"
 class PolicyRank:
     """Rank `rank` of `policy.ranks`. Methods that talk to other ranks must be called on all of them."""
 
-    def __init__(self, rank: int, parts: str) -> None:
-        """`parts`: the folder where processes of the run make themselves known."""
+    def __init__(self, rank: int, parts: str, address: str) -> None:
+        """`parts`: the folder where processes of the run make themselves known. `address`: where rank 0 listens."""
+        self._address = address
         announce(Path(parts), f"policy rank {rank}")
         self._rank = rank
         self._listener: socket.socket | None = None
@@ -38,7 +38,7 @@ class PolicyRank:
 
     def listen_for_ranks(self) -> int:
         """Rank 0 only. Returns the port where the other ranks meet it."""
-        self._listener = listen(LOOPBACK)
+        self._listener = listen(self._address)
         return port_of(self._listener)
 
     def build(self, port: int, config: TrainConfig | SFTConfig, total_steps: int, temperature: float) -> RankPlace:
@@ -64,7 +64,7 @@ class PolicyRank:
             seed=config.seed,
             rank=self._rank,
             world_size=policy.ranks,
-            master=self._listener or (LOOPBACK, port),
+            master=self._listener or (self._address, port),
             temperature=temperature,
         )
         reference = policy.reference
@@ -140,7 +140,7 @@ class PolicyRank:
         """Rank 0 only. Returns the port that engines are told."""
         from megatron_vespo.weights.collective import CollectiveSender
 
-        self._sender = CollectiveSender(LOOPBACK, WEIGHT_GROUP)
+        self._sender = CollectiveSender(self._address, WEIGHT_GROUP)
         return self._sender.port
 
     def disconnect_engines(self) -> None:

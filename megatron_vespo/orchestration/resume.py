@@ -27,7 +27,7 @@ from megatron_vespo.orchestration.session import Session, Tally
 from megatron_vespo.rollout.trajectory_file import read_trajectories
 
 FREE = (
-    *("run_dir", "overwrite", "observability", "checkpoint", "weight_sync", "reward.workers"),
+    *("run_dir", "overwrite", "observability", "checkpoint", "weight_sync", "reward.workers", "cluster"),
     *(
         "evaluation.every_steps",
         "evaluation.samples_per_prompt",

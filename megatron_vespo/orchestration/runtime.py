@@ -1,6 +1,7 @@
 """Ray and the parts of a run that live on it; whatever ends the run, all of them are stopped."""
 
 import asyncio
+import secrets
 import time
 import traceback
 from collections.abc import Awaitable, Callable
@@ -10,6 +11,7 @@ from typing import Self
 
 from megatron_vespo import presence
 from megatron_vespo.errors import RunError
+from megatron_vespo.interface import Interface
 from megatron_vespo.observability.status import DRIVER
 from megatron_vespo.orchestration.cluster import LocalCluster
 from megatron_vespo.orchestration.stacks import collect_run, in_few_words
@@ -24,8 +26,12 @@ STACKS = "stacks"
 class Runtime:
     """An async context manager. Parts register how they are stopped as soon as they exist."""
 
-    def __init__(self, processes: int, folder: Path) -> None:
-        """`processes`: Ray actors of the run. `folder`: gets status.json, logs/ and, on a failure, error.txt."""
+    def __init__(self, processes: int, folder: Path, interface: Interface) -> None:
+        """`processes`: Ray actors of the run. `folder`: gets status.json, logs/ and, on a failure, error.txt.
+        `interface`: where the parts listen for each other."""
+        self.interface = interface
+        self.token = secrets.token_hex(32)
+        """Requests to the run's engines need it."""
         self.supervisor = Supervisor(self._diagnose)
         self._cluster = LocalCluster(processes)
         self._folder = folder

@@ -4,7 +4,6 @@ import time
 from dataclasses import dataclass
 
 from megatron_vespo.config import WeightSyncConfig
-from megatron_vespo.orchestration.cluster import LOOPBACK
 from megatron_vespo.orchestration.policy_group import PolicyGroup
 from megatron_vespo.orchestration.policy_rank import WEIGHT_GROUP
 from megatron_vespo.orchestration.supervision import RunFailed, Supervisor, all_of
@@ -63,7 +62,7 @@ class WeightUpdater:
                 lambda actor: actor.connect_engines.remote(world_size, self._backend, timeout),
             ),
             self._client.init_weights_update_group(
-                master_address=LOOPBACK,
+                master_address=self._policy.address,
                 master_port=port,
                 rank_offset=1,
                 world_size=world_size,

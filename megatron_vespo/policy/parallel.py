@@ -16,7 +16,6 @@ from megatron_vespo.policy.device import Device
 from megatron_vespo.rendezvous import host_store, join_store
 from megatron_vespo.routing.slices import RankPlace
 
-
 LATER = timedelta(seconds=60)
 """Ranks wait for each other longer than the driver waits for them, which can say which of them does not answer."""
 

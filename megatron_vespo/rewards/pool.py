@@ -49,9 +49,7 @@ class RewardPool:
         `parts`: the folder where processes of a run make themselves known; None: there is no run."""
         self._config = config
         sources = numbered_sources(data, evaluation_sources)
-        self._graders = [
-            Grader(sources, config, log, parts, f"graders {number}") for number in range(config.workers)
-        ]
+        self._graders = [Grader(sources, config, log, parts, f"graders {number}") for number in range(config.workers)]
         self._tasks: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
         self._threads: list[threading.Thread] = []
         self._closing = threading.Event()

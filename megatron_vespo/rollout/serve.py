@@ -1,10 +1,12 @@
 """The SGLang server process: `python -m megatron_vespo.rollout.serve --parent PID --scratch DIR [arguments of SGLang]`.
 
-The same server as `sglang.launch_server`, with five differences: what a CPU needs is in place before SGLang is
+It reads one line from its standard input: the token that requests need.
+
+The same server as `sglang.launch_server`, with six differences: what a CPU needs is in place before SGLang is
 imported; on a CPU the scheduler is forked from this process, which has imported everything already, instead of spawned
 (half the start-up time); when the process PARENT dies, all of this server ends and removes what it wrote to DIR and
 shared memory; `--router-noise` makes it route wrongly (router_noise.py); and with `--parts DIR --name NAME` each
-of its processes makes itself known to the run (presence.py).
+of its processes makes itself known to the run (presence.py); the token is in no command line and no log.
 """
 
 import argparse
@@ -38,9 +40,12 @@ def main(arguments: list[str]) -> None:
 
     if sglang_on_cpu.needed():
         HookRegistry.register("sglang.srt.entrypoints.engine._set_envs_and_config", fork_children, HookType.AFTER)
+    HookRegistry.register("sglang.srt.entrypoints.engine._server_args_for_logging", without_token, HookType.AFTER)
     load_plugins()
+    settings = prepare_server_args(sglang_arguments)
+    settings.api_key = sys.stdin.readline().strip()
     try:
-        run_server(prepare_server_args(sglang_arguments))
+        run_server(settings)
     finally:
         process_tree.kill(process_tree.tree(os.getpid())[1:])
 
@@ -82,6 +87,10 @@ def end_with_parent(parent: int, scratch: Path) -> None:
     if ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, ORPHANED, 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
     on_signal()
+
+
+def without_token(logged: dict, *_) -> dict:
+    return logged | {"api_key": "..."}
 
 
 def fork_children(*_, **__) -> None:
