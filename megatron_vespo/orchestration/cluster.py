@@ -17,6 +17,8 @@ from megatron_vespo.rollout import process_tree
 OBJECT_STORE_BYTES = 256 * 2**20
 HELPER_SECONDS = 1.0
 TOKEN_FILE = "ray_token"
+SESSIONS = "r"
+"""Short, since Ray's sockets lie in it."""
 
 CPU_ENVIRONMENT = {
     # One thread a process: with more, small matrices on CPU are slower, and sums would depend on the thread count.
@@ -59,7 +61,8 @@ class LocalCluster:
                 log_to_driver=False,
                 logging_level=logging.ERROR,
                 object_store_memory=OBJECT_STORE_BYTES,
-                _temp_dir=str(self._folder),
+                # Ray opens its folder, with its sockets, to every user of the host; the one around it stays closed.
+                _temp_dir=str(self._folder / SESSIONS),
                 _node_ip_address=LOOPBACK.address,
             )
         signal.signal(signal.SIGTERM, handler)
@@ -79,7 +82,7 @@ class LocalCluster:
             return
         if keep_logs_in is not None:
             keep_logs_in.mkdir(parents=True, exist_ok=True)
-            for log in self._folder.glob("session_2*/logs/worker-*"):
+            for log in self._folder.glob(f"{SESSIONS}/session_2*/logs/worker-*"):
                 if log.stat().st_size:
                     shutil.copy(log, keep_logs_in / log.name)
         shutil.rmtree(self._folder, ignore_errors=True)
