@@ -3,6 +3,7 @@ cause."""
 
 import asyncio
 import time
+import traceback
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -164,7 +165,8 @@ def _named(part: str, error: BaseException | None) -> RunFailed:
         return RunFailed(part, _one_line(error.cause), details=str(error))
     if isinstance(error, ActorDiedError):
         return RunFailed(part, _death(error), details=str(error))
-    return RunFailed(part, _one_line(error))
+    details = "" if error is None else "".join(traceback.format_exception(error))
+    return RunFailed(part, _one_line(error), details)
 
 
 def _death(error: ActorDiedError) -> str:
