@@ -52,7 +52,7 @@ def run_evaluation(config: EvaluateConfig, checkpoint: Path, output: Path | None
             runtime.on_stop("graders", lambda: asyncio.to_thread(grader.close))
             starting = all_of(engine.start(), asyncio.to_thread(grader.start))
             timeout = config.rollout.engine.startup_timeout_seconds
-            await runtime.supervisor.wait("start engine and graders", starting, timeout)
+            await runtime.supervisor.wait("start engine and graders", starting, timeout, owner="engine, graders")
             sampler = Sampler(
                 engine.client, grader, tokenizer, architecture.vocab_size, config.rollout, runtime.supervisor, console
             )

@@ -74,7 +74,7 @@ class Generator:
             self._changed.clear()
             missing = len(self.ledger.waited_for(self.complete))
             what = f"wait for {missing} of {len(self._running)} groups that are being sampled"
-            await supervisor.wait(what, self._next_change(), timeout.request_timeout_seconds)
+            await supervisor.wait(what, self._next_change(), timeout.request_timeout_seconds, owner="engine, graders")
         self.ledger.use(chosen)
         groups = [self.complete.pop(number) for number in chosen]
         self.start()
@@ -99,7 +99,9 @@ class Generator:
             abort = client.abort_all if asynchronous.update == "abort" else None
             seconds = session.config.rollout.engine.request_timeout_seconds
             closing = client.gate.close(abort)
-            running = await session.sampler.supervisor.wait("end or finish what is being sampled", closing, seconds)
+            running = await session.sampler.supervisor.wait(
+                "end or finish what is being sampled", closing, seconds, owner="engine"
+            )
             try:
                 yield
             finally:

@@ -87,7 +87,7 @@ async def sample_probe(session: Session, stream: str, prompts: int, samples: int
     )
     client, seconds = session.sampler.client, config.rollout.engine.request_timeout_seconds
     waiting = all_of(*[generate_group(client, prompt, generation) for prompt in session.held_out[:prompts]])
-    return await session.sampler.supervisor.wait(f"sample the {stream}", waiting, seconds)
+    return await session.sampler.supervisor.wait(f"sample the {stream}", waiting, seconds, owner="engine")
 
 
 def agreeing_share(ones: Sequence[Routes], others: Sequence[Routes]) -> float:

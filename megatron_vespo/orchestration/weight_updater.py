@@ -70,7 +70,7 @@ class WeightUpdater:
                 backend=self._backend,
             ),
         )
-        await self._supervisor.wait("connect trainer and engine for weights", joining, timeout)
+        await self._supervisor.wait("connect trainer and engine for weights", joining, timeout, owner="policy, engine")
         specs = await self._policy.on_all("list the tensors", lambda actor, _: actor.tensor_specs.remote())
         self._buckets = plan_buckets(specs[0], int(self._config.bucket_mb * 2**20))
 
@@ -80,7 +80,9 @@ class WeightUpdater:
             self._policy.on_first("leave the weight group", lambda actor: actor.disconnect_engines.remote()),
             self._client.destroy_weights_update_group(WEIGHT_GROUP),
         )
-        await self._supervisor.wait("part trainer and engine", leaving, self._config.timeout_seconds)
+        await self._supervisor.wait(
+            "part trainer and engine", leaving, self._config.timeout_seconds, owner="policy, engine"
+        )
 
     async def sync(self, weight_version: int) -> SyncReport:
         """Send all weights as `weight_version`, empty the engine's prefix cache, and verify when it is due.
@@ -93,10 +95,12 @@ class WeightUpdater:
         """
         clock, timeout = time.monotonic, self._config.timeout_seconds
         started = clock()
-        await self._supervisor.wait("send weights", self._send(weight_version), timeout)
+        await self._supervisor.wait("send weights", self._send(weight_version), timeout, owner="policy, engine")
         sent = clock()
         if self._config.flush_cache or self.weight_version is None:
-            await self._supervisor.wait("flush the engine's caches", self._client.flush_cache(), timeout)
+            await self._supervisor.wait(
+                "flush the engine's caches", self._client.flush_cache(), timeout, owner="engine"
+            )
             self.cache_version = None if self._config.flush_cache else weight_version
         flushed = clock()
         due = self.syncs % self._config.verify_every == 0
@@ -136,7 +140,10 @@ class WeightUpdater:
             "checksum the trainer's weights", lambda actor, _: actor.engine_checksums.remote(self._engine_dtype)
         )
         found = await self._supervisor.wait(
-            "checksum the engine's weights", self._client.weights_checksum(), self._config.timeout_seconds
+            "checksum the engine's weights",
+            self._client.weights_checksum(),
+            self._config.timeout_seconds,
+            owner="engine",
         )
         differences = compare_checksums(expected[0], found)
         self.mismatches += len(differences)

@@ -37,7 +37,13 @@ def test_a_prompt_that_cannot_be_read_ends_the_run_with_its_cause(tmp_path):
         TrainConfig,
         "examples/quickstart.yaml",
         [
-            *(f"run_dir={folder}", *SHORT, "evaluation.prompts=2", "evaluation.every_steps=0", "checkpoint.save_every=0"),
+            *(
+                f"run_dir={folder}",
+                *SHORT,
+                "evaluation.prompts=2",
+                "evaluation.every_steps=0",
+                "checkpoint.save_every=0",
+            ),
             *("algorithm.asynchronous={sync_every: 2, max_staleness: 5}", "rollout.concurrent_groups=2"),
         ],
         settings={
