@@ -16,7 +16,6 @@ import os
 import statistics
 import tempfile
 import time
-import urllib.request
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -43,12 +42,6 @@ class FixedLengthClient(EngineClient):
     async def generate(self, input_ids, sampling_params, request_ids, **options):
         sampling_params = [params | {"ignore_eos": True} for params in sampling_params]
         return await super().generate(input_ids, sampling_params, request_ids, **options)
-
-
-def freeze_garbage(url: str) -> None:
-    """SGLang asks itself for this when it starts, and is sometimes refused: then it collects garbage for longer."""
-    with urllib.request.urlopen(urllib.request.Request(f"{url}/freeze_gc", method="POST"), timeout=60) as answer:
-        answer.read()
 
 
 def engine_server(config: TrainConfig, kind: str, logs: Path) -> EngineServer:
@@ -87,7 +80,7 @@ def digest(groups: list[Group]) -> str:
     return found.hexdigest()
 
 
-async def measure(urls: dict[str, str], config: TrainConfig, passes: int) -> list[dict]:
+async def measure(servers: dict[str, EngineServer], config: TrainConfig, passes: int) -> list[dict]:
     """One row for each number of concurrent groups."""
     prompts = PromptStream(config.data, load_tokenizer(config.model.path), config.seed).take(GROUPS)
     common = {
@@ -103,7 +96,10 @@ async def measure(urls: dict[str, str], config: TrainConfig, passes: int) -> lis
     speeds = {concurrent: {kind: [] for kind in KINDS} for concurrent in CONCURRENT_GROUPS}
     digests = {kind: set() for kind in KINDS}
     async with contextlib.AsyncExitStack() as stack:
-        clients = {kind: await stack.enter_async_context(FixedLengthClient(url)) for kind, url in urls.items()}
+        clients = {
+            kind: await stack.enter_async_context(FixedLengthClient(server.url, token=server.token))
+            for kind, server in servers.items()
+        }
         for number in range(passes + 1):
             for concurrent in CONCURRENT_GROUPS if number else CONCURRENT_GROUPS[-1:]:
                 for kind in KINDS if number % 2 else reversed(KINDS):
@@ -156,9 +152,7 @@ def main() -> None:
     }
     with tempfile.TemporaryDirectory() as logs, contextlib.ExitStack() as stack:
         servers = {kind: stack.enter_context(engine_server(config, kind, Path(logs))) for kind in KINDS}
-        for server in servers.values():
-            freeze_garbage(server.url)
-        rows = asyncio.run(measure({kind: servers[kind].url for kind in KINDS}, config, options.passes))
+        rows = asyncio.run(measure(servers, config, options.passes))
     print(table(rows))
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)

@@ -115,8 +115,8 @@ def sampled(config: TrainConfig, kind: Kind) -> list[Trajectory]:
     )
     engine = EngineConfig(dtype=kind.dtype, router_noise=kind.noise, max_total_tokens=131072)  # type: ignore[arg-type]
 
-    async def ask(url: str) -> list[Trajectory]:
-        async with EngineClient(url) as client:
+    async def ask(server: EngineServer) -> list[Trajectory]:
+        async with EngineClient(server.url, token=server.token) as client:
             groups = [group async for group in generate(Fleet([client]), prompts, generation)]
         return [trajectory for group in groups for trajectory in group.trajectories]
 
@@ -133,7 +133,7 @@ def sampled(config: TrainConfig, kind: Kind) -> list[Trajectory]:
         )
         server.start()
         try:
-            return asyncio.run(ask(server.url))
+            return asyncio.run(ask(server))
         finally:
             server.stop()
 

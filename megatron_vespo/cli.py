@@ -167,6 +167,25 @@ def plan(
         print_split(speeds, lengths, rows)
 
 
+@app.command()
+def status(
+    run: Annotated[Path, typer.Argument(help="Folder of a run.", metavar="RUN")],
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+) -> None:
+    """What a run does now: its step, its processes, and who waits for what and for how long."""
+    from megatron_vespo.observability.status import read_status
+
+    found = read_status(run)
+    if as_json:
+        print(found.as_json())
+        return
+    from rich.console import Console
+
+    from megatron_vespo.observability.status_view import view
+
+    Console(highlight=False).print(view(found))
+
+
 def main() -> None:
     """Exit codes: 0 done, 1 the run failed, 2 a mistake in the input, 128 + n stopped by signal n."""
     sys.exit(exit_code(app))

@@ -101,7 +101,9 @@ def running_engine(
     loop = asyncio.new_event_loop()
     engine = EngineConfig(startup_timeout_seconds=300, tensor_parallel=ranks)
     with tiny_server(model_path, log_path, **({"engine": engine} | changes)) as server:
-        client = EngineClient(server.url, name=name, ranks=ranks, timeout_seconds=120, weights_timeout_seconds=60)
+        client = EngineClient(
+            server.url, name=name, ranks=ranks, token=server.token, timeout_seconds=120, weights_timeout_seconds=60
+        )
         try:
             yield RunningEngine(server, client, model_path, loop)
         finally:

@@ -3,6 +3,7 @@
 from megatron_vespo.config.ablation import AblationConfig, PlannedRun, plan_runs
 from megatron_vespo.config.algorithm import AdvantageConfig, AlgorithmConfig, OverlongShaping
 from megatron_vespo.config.checkpoint import CheckpointConfig
+from megatron_vespo.config.cluster import ClusterConfig
 from megatron_vespo.config.data import (
     CustomSource,
     DataConfig,
@@ -43,6 +44,7 @@ __all__ = [
     "AdvantageConfig",
     "AlgorithmConfig",
     "CheckpointConfig",
+    "ClusterConfig",
     "ConfigError",
     "CustomSource",
     "DataConfig",

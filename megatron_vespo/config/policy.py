@@ -99,6 +99,8 @@ class PolicyConfig(Section):
     """Coefficient of the router's z loss."""
     reference: ReferenceConfig | None = None
     """A frozen model beside the policy, for a KL term."""
+    startup_timeout_seconds: PositiveFloat = 1800.0
+    """Longest that building the model and loading its weights may take before the run is ended."""
     step_timeout_seconds: PositiveFloat = 1800.0
     """Longest that one call to the trainer may take; then its processes are taken for dead."""
     max_restarts: int = Field(default=3, ge=0)

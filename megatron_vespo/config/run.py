@@ -7,6 +7,7 @@ from pydantic import Field, PositiveFloat, PositiveInt
 
 from megatron_vespo.config.algorithm import AlgorithmConfig
 from megatron_vespo.config.checkpoint import CheckpointConfig
+from megatron_vespo.config.cluster import ClusterConfig
 from megatron_vespo.config.data import DataConfig, ExcludedPrompts, RewardConfig, Source
 from megatron_vespo.config.model import ModelConfig, OptimizerConfig
 from megatron_vespo.config.policy import PolicyConfig
@@ -68,6 +69,7 @@ class TrainConfig(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     observability: ObservabilityConfig = ObservabilityConfig()
+    cluster: ClusterConfig = ClusterConfig()
 
     def own_problems(self) -> Iterator[tuple[str, str]]:
         trajectories = self.algorithm.prompts_per_step * self.rollout.group_size
@@ -120,6 +122,7 @@ class SFTConfig(Section):
     policy: PolicyConfig = PolicyConfig()
     optimizer: SFTOptimizerConfig = SFTOptimizerConfig()
     observability: SinksConfig = SinksConfig()
+    cluster: ClusterConfig = ClusterConfig()
 
     def own_problems(self) -> Iterator[tuple[str, str]]:
         if self.policy.reference is not None:
@@ -141,6 +144,7 @@ class EvaluateConfig(Section):
     evaluation: CheckpointEvaluationConfig = CheckpointEvaluationConfig()
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Of the engine, unless `rollout.engine.dtype` says otherwise."""
+    cluster: ClusterConfig = ClusterConfig()
 
     def own_problems(self) -> Iterator[tuple[str, str]]:
         yield from self.evaluation.seed_problems("evaluation", self.rollout)

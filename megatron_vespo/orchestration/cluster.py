@@ -10,24 +10,31 @@ import psutil
 import ray
 
 from megatron_vespo.config import ConfigError
+from megatron_vespo.interface import LOOPBACK, Interface
+from megatron_vespo.orchestration.ray_token import private_token
 from megatron_vespo.rollout import process_tree
 
-LOOPBACK = "127.0.0.1"
 OBJECT_STORE_BYTES = 256 * 2**20
 HELPER_SECONDS = 1.0
+TOKEN_FILE = "ray_token"
+SESSIONS = "r"
+"""Short, since Ray's sockets lie in it."""
 
 CPU_ENVIRONMENT = {
     # One thread a process: with more, small matrices on CPU are slower, and sums would depend on the thread count.
     "OMP_NUM_THREADS": "1",
     # Megatron's jit fusers are torch.compile, which is slower than eager at CPU sizes.
     "TORCHDYNAMO_DISABLE": "1",
-    "GLOO_SOCKET_IFNAME": "lo",
 }
 """Of actors where there is no GPU."""
 
 
 class LocalCluster:
-    """A Ray head with room for `processes` actors. Its session folder is removed at the end."""
+    """A Ray head with room for `processes` actors. Its session folder is removed at the end.
+
+    It listens on loopback: on any other address Ray's servers would listen on all interfaces of the host, whatever
+    address they are given. Its token keeps other users of this host out.
+    """
 
     def __init__(self, processes: int) -> None:
         self._processes = processes
@@ -46,16 +53,18 @@ class LocalCluster:
         self._others = psutil.Process().children(recursive=True)
         # Ray puts its own SIGTERM handler in place, which would end this process before its cleanup.
         handler = signal.getsignal(signal.SIGTERM)
-        ray.init(
-            address="local",
-            num_cpus=self._processes,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            object_store_memory=OBJECT_STORE_BYTES,
-            _temp_dir=str(self._folder),
-            _node_ip_address=LOOPBACK,
-        )
+        with private_token(self._folder / TOKEN_FILE):
+            ray.init(
+                address="local",
+                num_cpus=self._processes,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                object_store_memory=OBJECT_STORE_BYTES,
+                # Ray opens its folder, with its sockets, to every user of the host; the one around it stays closed.
+                _temp_dir=str(self._folder / SESSIONS),
+                _node_ip_address=LOOPBACK.address,
+            )
         signal.signal(signal.SIGTERM, handler)
 
     def stop(self, keep_logs_in: Path | None = None) -> None:
@@ -73,7 +82,7 @@ class LocalCluster:
             return
         if keep_logs_in is not None:
             keep_logs_in.mkdir(parents=True, exist_ok=True)
-            for log in self._folder.glob("session_2*/logs/worker-*"):
+            for log in self._folder.glob(f"{SESSIONS}/session_2*/logs/worker-*"):
                 if log.stat().st_size:
                     shutil.copy(log, keep_logs_in / log.name)
         shutil.rmtree(self._folder, ignore_errors=True)
@@ -95,9 +104,9 @@ def gpus_per_process(processes: int) -> int:
     return 1 if there else 0
 
 
-def actor_options(gpus: int) -> dict:
-    """Ray options of an actor with `gpus` GPUs."""
-    environment = {} if gpus else CPU_ENVIRONMENT
+def actor_options(gpus: int, interface: Interface) -> dict:
+    """Ray options of an actor with `gpus` GPUs, whose process groups listen on `interface`."""
+    environment = interface.environment() | ({} if gpus else CPU_ENVIRONMENT)
     return {"num_cpus": 1, "num_gpus": gpus, "runtime_env": {"env_vars": environment}}
 
 

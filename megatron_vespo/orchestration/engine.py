@@ -20,7 +20,7 @@ class Engine:
     def __init__(
         self, runtime: Runtime, settings: dict[str, Any], number: int, gpus: int, weights_timeout_seconds: float | None
     ) -> None:
-        """`settings`: arguments of `EngineServer`; port and log are those of engine `number`."""
+        """`settings`: arguments of `EngineServer`; name, port and log are those of engine `number`."""
         config = settings["engine"]
         log = Path(settings["log_path"])
         port = None if config.port is None else config.port + number
@@ -29,10 +29,14 @@ class Engine:
             "engine": config.model_copy(update={"port": port}),
             "log_path": str(log.with_stem(f"{log.stem}_{number}")),
             "scratch_parent": str(runtime.scratch),
+            "parts": str(runtime.parts),
+            "name": self.name,
+            "interface": runtime.interface,
+            "token": runtime.token,
         }
         self._weights_timeout_seconds = weights_timeout_seconds
         self._actor = EngineActor.options(  # pyright: ignore[reportAttributeAccessIssue]
-            **actor_options(gpus)
+            **actor_options(gpus, runtime.interface)
         ).remote(self._settings)
         self._client: EngineClient | None = None
         self._death: asyncio.Task[RunFailed | None] | None = None
@@ -50,6 +54,7 @@ class Engine:
             url,
             name=self.name,
             ranks=config.tensor_parallel,
+            token=self._settings["token"],
             timeout_seconds=config.request_timeout_seconds,
             **(
                 {}

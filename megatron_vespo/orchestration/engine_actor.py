@@ -7,6 +7,7 @@ from typing import Any
 
 import ray
 
+from megatron_vespo.presence import announce
 from megatron_vespo.rollout.server import EngineServer
 
 POLL_SECONDS = 0.5
@@ -17,6 +18,7 @@ class EngineActor:
     """`settings` are `EngineServer`'s arguments."""
 
     def __init__(self, settings: dict[str, Any]) -> None:
+        announce(Path(settings["parts"]), f"{settings['name']} actor")
         self._server = EngineServer(**{**settings, "log_path": Path(settings["log_path"])})
         self._stopping = threading.Event()
 

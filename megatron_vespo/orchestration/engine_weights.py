@@ -45,7 +45,7 @@ async def deliver(session: Session, receivers: Callable[[], list[EngineClient]])
         if not (clients := receivers()):
             seconds = session.config.rollout.engine.startup_timeout_seconds
             await session.sampler.supervisor.wait(
-                "wait for an engine to be started again", engines.came_back(), seconds
+                "wait for an engine to be started again", engines.came_back(), seconds, owner="engines"
             )
             continue
         try:

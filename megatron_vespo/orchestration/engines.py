@@ -73,7 +73,9 @@ class Engines:
             RunFailed: one did not start.
         """
         starting = all_of(*[slot.engine.start() for slot in self._slots])
-        await self._runtime.supervisor.wait("start the engines", starting, self._config.startup_timeout_seconds)
+        await self._runtime.supervisor.wait(
+            "start the engines", starting, self._config.startup_timeout_seconds, owner="engines"
+        )
         self._runtime.supervisor.watch(PART, self._given_up)
         for slot in self._slots:
             self._watch(slot)

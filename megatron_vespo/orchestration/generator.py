@@ -76,7 +76,7 @@ class Generator:
             self._changed.clear()
             missing = len(self.ledger.waited_for(self.complete))
             what = f"wait for {missing} of {len(self._running)} groups that are being sampled"
-            await supervisor.wait(what, self._next_change(), timeout.request_timeout_seconds)
+            await supervisor.wait(what, self._next_change(), timeout.request_timeout_seconds, owner="engine, graders")
         self.ledger.use(chosen)
         groups = [self.complete.pop(number) for number in chosen]
         self.start()
@@ -93,7 +93,7 @@ class Generator:
         seconds = session.config.rollout.engine.request_timeout_seconds
         self._holding, since = True, time.monotonic()
         holding = fleet.hold(asynchronous.update)
-        running = await supervisor.wait("end, pause or finish what is being sampled", holding, seconds)
+        running = await supervisor.wait("end, pause or finish what is being sampled", holding, seconds, owner="engines")
         try:
             yield since
         finally:

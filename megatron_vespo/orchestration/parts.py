@@ -3,10 +3,12 @@
 import asyncio
 import time
 from collections.abc import Awaitable
+from pathlib import Path
 from typing import Any
 
-from megatron_vespo.config import TrainConfig
+from megatron_vespo.config import ConfigError, TrainConfig
 from megatron_vespo.data.sources import numbered_sources
+from megatron_vespo.interface import find_interface
 from megatron_vespo.observability.console import RunConsole
 from megatron_vespo.observability.sinks import Metrics
 from megatron_vespo.orchestration import engines, policy_group
@@ -44,6 +46,9 @@ class Parts:
 
     async def session(self, config: TrainConfig, prepared: Prepared, metrics: Metrics, console: RunConsole) -> Session:
         """Everything that a run of `config` needs, with trainer and engine connected."""
+        if find_interface(config.cluster.interface) != self._runtime.interface:
+            raise ConfigError("cluster.interface: all runs of a grid have one, since they share their parts")
+        self._runtime.follow(Path(config.run_dir))
         timed = _Timed(metrics, console)
         if self._weights is not None:
             await self._weights.disconnect()
@@ -117,11 +122,13 @@ class Parts:
         sources = config.evaluation.sources
         if await self._keep(GRADERS, (config.reward, numbered_sources(config.data, sources))):
             return
-        self._graders = graders = RewardPool(config.reward, config.data, sources, self._runtime.logs / "graders.log")
+        self._graders = graders = RewardPool(
+            config.reward, config.data, sources, self._runtime.logs / "graders.log", self._runtime.parts
+        )
         self._runtime.on_stop(GRADERS, lambda: asyncio.to_thread(graders.close))
         # The pool has its own deadline and a better message for it; this one is for what keeps it from answering.
         starting = asyncio.to_thread(graders.start)
-        await timed("graders", self._runtime.supervisor.wait("start graders", starting, 2 * STARTUP_SECONDS))
+        await timed("graders", self._runtime.supervisor.wait("start graders", starting, 2 * STARTUP_SECONDS, GRADERS))
 
     async def _keep(self, part: str, settings: Any) -> bool:
         """Whether `part` runs with these settings; if it runs with others, it is stopped."""

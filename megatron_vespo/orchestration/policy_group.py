@@ -15,7 +15,7 @@ from megatron_vespo.errors import RunError
 from megatron_vespo.orchestration.cluster import actor_options
 from megatron_vespo.orchestration.policy_rank import PolicyRank
 from megatron_vespo.orchestration.runtime import Runtime
-from megatron_vespo.orchestration.supervision import Expired, RunFailed, all_of, from_part
+from megatron_vespo.orchestration.supervision import Expired, RunFailed, from_part
 from megatron_vespo.policy.batch import MicroBatch, TrainingSequence
 from megatron_vespo.policy.layout_fit import packing_rules
 from megatron_vespo.policy.packing import pack_step, report_packing
@@ -71,15 +71,20 @@ class PolicyGroup:
     def __init__(self, ranks: int, runtime: Runtime, gpus_per_rank: int) -> None:
         """Starts the processes; there is a model once `build` was awaited."""
         self._supervisor = runtime.supervisor
-        self._options = actor_options(gpus_per_rank)
+        self._options = actor_options(gpus_per_rank, runtime.interface)
         self._recover: Callable[[PolicyLost], Awaitable[None]] | None = None
+        self._parts = str(runtime.parts)
+        self.address = runtime.interface.address
+        """Where rank 0 listens."""
         runtime.on_stop(PART, self.stop)
         self._start(ranks)
         self._watch()
 
     def _start(self, ranks: int) -> None:
         self.ranks = [
-            PolicyRank.options(**self._options).remote(rank)  # pyright: ignore[reportAttributeAccessIssue]
+            PolicyRank.options(**self._options).remote(  # pyright: ignore[reportAttributeAccessIssue]
+                rank, self._parts, self.address
+            )
             for rank in range(ranks)
         ]
         self._holds = [actor.hold.remote() for actor in self.ranks]
@@ -96,10 +101,13 @@ class PolicyGroup:
         self._built_as = (config, architecture, total_steps, temperature)
         self._timeout_seconds = config.policy.step_timeout_seconds
         self._packing = packing_rules(architecture, config.policy)
-        port = await self.on_first("open the trainer's port", lambda actor: actor.listen_for_ranks.remote())
+        seconds = config.policy.startup_timeout_seconds
+        port = await self.on_first("open the trainer's port", lambda actor: actor.listen_for_ranks.remote(), seconds)
         self._shape = architecture.routing_shape
         self._places: list[RankPlace] = await self.on_all(
-            "start policy", lambda actor, _: actor.build.remote(port, config, total_steps, temperature)
+            "start policy",
+            lambda actor, _: actor.build.remote(port, config, total_steps, temperature),
+            seconds,
         )
 
     async def restart(self) -> None:
@@ -252,21 +260,22 @@ class PolicyGroup:
             PolicyLost: the deadline passed.
             RunFailed: as `Supervisor.wait`.
         """
-        calls = [from_part(_name(rank), call(actor, rank)) for rank, actor in enumerate(self.ranks)]
-        return await self._wait(what, all_of(*calls), seconds or self._timeout_seconds)
+        calls = {_name(rank): call(actor, rank) for rank, actor in enumerate(self.ranks)}
+        return await self._answers(what, calls, seconds)
 
     async def _tried_on_all(self, what: str, call: Callable[[Any, int], ObjectRef]) -> list:
         return await self.retried(lambda: self.on_all(what, call))
 
     async def on_first(self, what: str, call: Callable[[Any], ObjectRef], seconds: float | None = None) -> Any:
         """`call(actor)` on rank 0 alone. `seconds` and what is raised as in `on_all`."""
-        return await self._wait(what, from_part(_name(0), call(self.ranks[0])), seconds or self._timeout_seconds)
+        (answer,) = await self._answers(what, {_name(0): call(self.ranks[0])}, seconds)
+        return answer
 
-    async def _wait(self, what: str, work: Awaitable[T], seconds: float) -> T:
+    async def _answers(self, what: str, calls: dict[str, ObjectRef], seconds: float | None) -> list:
         try:
-            return await self._supervisor.wait(what, work, seconds)
+            return await self._supervisor.answers(what, calls, seconds or self._timeout_seconds)
         except Expired as expired:
-            raise PolicyLost(what, expired.cause) from None
+            raise PolicyLost(what, expired.cause, expired.details) from None
 
     async def stop(self) -> None:
         """Ranks hold nothing that outlives them, so they are simply ended."""

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 import ray
 
 from megatron_vespo.config import DiskSyncConfig, ObjectiveConfig, SFTConfig, TrainConfig
-from megatron_vespo.orchestration.cluster import LOOPBACK
 from megatron_vespo.policy.batch import MicroBatch
 from megatron_vespo.policy.result import StepResult, TokenScores
+from megatron_vespo.presence import announce
 from megatron_vespo.rendezvous import listen, port_of
 from megatron_vespo.routing.slices import RankPlace, RouteSlice, StepRoutes
 from megatron_vespo.weights.buckets import Bucket
@@ -31,7 +31,10 @@ CONCURRENT = {"sentinel": 1, "answer": 1, "weights": 2}
 class PolicyRank:
     """Rank `rank` of `policy.ranks`. Methods that talk to other ranks must be called on all of them."""
 
-    def __init__(self, rank: int) -> None:
+    def __init__(self, rank: int, parts: str, address: str) -> None:
+        """`parts`: the folder where processes of the run make themselves known. `address`: where rank 0 listens."""
+        self._address = address
+        announce(Path(parts), f"policy rank {rank}")
         self._rank = rank
         self._listener: socket.socket | None = None
         self._sender: Any = None
@@ -43,7 +46,7 @@ class PolicyRank:
 
     def listen_for_ranks(self) -> int:
         """Rank 0 only. Returns the port where the other ranks meet it."""
-        self._listener = listen(LOOPBACK)
+        self._listener = listen(self._address)
         return port_of(self._listener)
 
     def build(self, port: int, config: TrainConfig | SFTConfig, total_steps: int, temperature: float) -> RankPlace:
@@ -70,7 +73,7 @@ class PolicyRank:
             seed=config.seed,
             rank=self._rank,
             world_size=policy.ranks,
-            master=self._listener or (LOOPBACK, port),
+            master=self._listener or (self._address, port),
             temperature=temperature,
         )
         reference = policy.reference
@@ -158,7 +161,7 @@ class PolicyRank:
 
         device = next(self._policy.model[0].parameters()).device
         if transport == "collective":
-            self._sender = CollectiveSender(self._buckets, device, LOOPBACK, groups)
+            self._sender = CollectiveSender(self._buckets, device, self._address, groups)
             return self._sender.ports
         if transport == "disk":
             assert disk.folder is not None

@@ -11,6 +11,7 @@ import yaml
 
 from megatron_vespo.config import ConfigError, TrainConfig
 from megatron_vespo.observability.console import RunConsole
+from megatron_vespo.observability.status import MARKER
 from megatron_vespo.orchestration.checkpoints import (
     EXPORTS,
     PROGRESS_FILE,
@@ -23,12 +24,12 @@ from megatron_vespo.orchestration.checkpoints import (
     step_of,
 )
 from megatron_vespo.orchestration.engine_weights import deliver
-from megatron_vespo.orchestration.run_folder import CONFIG_COPY, MARKER
+from megatron_vespo.orchestration.run_folder import CONFIG_COPY
 from megatron_vespo.orchestration.session import Session, Tally
 from megatron_vespo.rollout.trajectory_file import read_trajectories
 
 FREE = (
-    *("run_dir", "overwrite", "observability", "checkpoint", "weight_sync", "reward.workers"),
+    *("run_dir", "overwrite", "observability", "checkpoint", "weight_sync", "reward.workers", "cluster"),
     *(
         "evaluation.every_steps",
         "evaluation.samples_per_prompt",

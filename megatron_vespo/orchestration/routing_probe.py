@@ -89,7 +89,8 @@ async def sample_probe(session: Session, stream: str, prompts: int, samples: int
     )
     fleet, seconds = session.sampler.fleet, config.rollout.engine.request_timeout_seconds
     waiting = all_of(*[generate_group(fleet, prompt, generation) for prompt in session.held_out[:prompts]])
-    return await attended(session, session.sampler.supervisor.wait(f"sample the {stream}", waiting, seconds))
+    sampling = session.sampler.supervisor.wait(f"sample the {stream}", waiting, seconds, owner="engines")
+    return await attended(session, sampling)
 
 
 def agreeing_share(ones: Sequence[Routes], others: Sequence[Routes]) -> float:

@@ -6,10 +6,9 @@ from pathlib import Path
 import yaml
 
 from megatron_vespo.config import ConfigError, Section
+from megatron_vespo.observability.status import MARKER
 
 CONFIG_COPY = "config.yaml"
-MARKER = ".megatron_vespo_run"
-"""A file that says: this folder is a run of ours, and may be replaced by one."""
 SPARE_BYTES = 256 * 2**20
 """For metrics, logs and the report."""
 

@@ -1,6 +1,7 @@
 """Ray and the parts of a run that live on it; whatever ends the run, all of them are stopped."""
 
 import asyncio
+import secrets
 import time
 import traceback
 from collections.abc import Awaitable, Callable
@@ -8,23 +9,34 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Self
 
+from megatron_vespo import presence
 from megatron_vespo.errors import RunError
+from megatron_vespo.interface import Interface
+from megatron_vespo.observability.status import DRIVER
 from megatron_vespo.orchestration.cluster import LocalCluster
-from megatron_vespo.orchestration.supervision import Supervisor
+from megatron_vespo.orchestration.stacks import collect_run, in_few_words
+from megatron_vespo.orchestration.status_file import StatusFile
+from megatron_vespo.orchestration.supervision import Supervisor, Wait, describe_waits
 
 STOP_SECONDS = 8.0
 """For all parts together; Ray then ends what is left. The whole stop stays under 15 s."""
+STACKS = "stacks"
 
 
 class Runtime:
     """An async context manager. Parts register how they are stopped as soon as they exist."""
 
-    def __init__(self, processes: int, folder: Path) -> None:
-        """`processes`: Ray actors of the run. `folder`: gets logs/ and, on a failure, error.txt."""
-        self.supervisor = Supervisor()
+    def __init__(self, processes: int, folder: Path, interface: Interface) -> None:
+        """`processes`: Ray actors of the run. `folder`: gets status.json, logs/ and, on a failure, error.txt.
+        `interface`: where the parts listen for each other."""
+        self.interface = interface
+        self.token = secrets.token_hex(32)
+        """Requests to the run's engines need it."""
+        self.supervisor = Supervisor(self._diagnose)
         self._cluster = LocalCluster(processes)
         self._folder = folder
         self._stops: dict[str, Callable[[], Awaitable[None]]] = {}
+        self._status: StatusFile | None = None
 
     @property
     def logs(self) -> Path:
@@ -35,13 +47,26 @@ class Runtime:
         """A folder for sockets and the like, gone after the run; its path is short."""
         return self._cluster.folder
 
+    @property
+    def parts(self) -> Path:
+        """The folder where processes of the run make themselves known (`presence`)."""
+        return self._cluster.folder / "parts"
+
     async def __aenter__(self) -> Self:
         try:
             self._cluster.start()
+            self.parts.mkdir()
+            presence.announce(self.parts, DRIVER)
+            self._status = StatusFile(self._folder, self.parts, self.supervisor)
         except BaseException:
             self._cluster.stop()
             raise
         return self
+
+    def follow(self, folder: Path) -> None:
+        """The run in `folder` is the one whose status is written from now on."""
+        assert self._status is not None
+        self._status.follow(folder)
 
     def on_stop(self, part: str, stop: Callable[[], Awaitable[None]]) -> None:
         self._stops[part] = stop
@@ -49,6 +74,7 @@ class Runtime:
     async def stop_part(self, part: str) -> None:
         """Stop one part now, on purpose; nothing is waited for from it any more."""
         self.supervisor.forget(part)
+        presence.withdraw(self.parts, part)
         await self._stop_part(part, self._stops.pop(part), time.monotonic() + STOP_SECONDS)
 
     async def __aexit__(self, kind, error: BaseException | None, trace) -> None:
@@ -59,10 +85,19 @@ class Runtime:
             # A signal now asks for what is already going on; the stop must reach its end.
             with suppress(asyncio.CancelledError):
                 await asyncio.shield(stopping)
+        assert self._status is not None
+        self._status.end(error or stopping.exception())
         stopping.result()
+
+    async def _diagnose(self, wait: Wait) -> str:
+        assert self._status is not None
+        target = self._status.folder / STACKS
+        found = await collect_run(self.parts, target, describe_waits(self.supervisor.waits))
+        return f"{in_few_words(found, wait.owners)}; stacks of all parts: {target}"
 
     async def _stop_all(self, failed: bool) -> None:
         self.supervisor.forget()
+        presence.leave()
         deadline = time.monotonic() + STOP_SECONDS
         try:
             await asyncio.gather(

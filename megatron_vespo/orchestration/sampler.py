@@ -50,9 +50,9 @@ class Sampler:
         waves = -(-len(prompts) // self.rollout.concurrent_groups)
         timeout = waves * self.rollout.engine.request_timeout_seconds
         try:
-            await self.supervisor.wait("generate responses", receive(), timeout)
+            await self.supervisor.wait("generate responses", receive(), timeout, owner="engine")
             sampled = time.monotonic()
-            await self.supervisor.wait("grade responses", asyncio.gather(*grading), timeout)
+            await self.supervisor.wait("grade responses", asyncio.gather(*grading), timeout, owner="graders")
         finally:
             for task in grading:
                 task.cancel()

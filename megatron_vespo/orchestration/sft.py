@@ -9,6 +9,7 @@ import numpy as np
 from megatron_vespo.config import SFTConfig
 from megatron_vespo.data.demonstrations import load_demonstrations
 from megatron_vespo.data.tokenizer import load_tokenizer
+from megatron_vespo.interface import find_interface
 from megatron_vespo.observability.console import RunConsole
 from megatron_vespo.observability.open_metrics import open_metrics
 from megatron_vespo.observability.sinks import Metrics
@@ -28,6 +29,7 @@ def run_sft(config: SFTConfig, console: RunConsole) -> Path:
         ConfigError: before anything was started.
         RunError: the run failed or was stopped.
     """
+    interface = find_interface(config.cluster.interface)
     architecture, checkpoint_bytes = check_model(config.model, config.policy)
     tokenizer = load_tokenizer(config.model.path)
     demonstrations = load_demonstrations(config.demonstrations, tokenizer)
@@ -35,7 +37,7 @@ def run_sft(config: SFTConfig, console: RunConsole) -> Path:
 
     async def main() -> None:
         console.phase("starting the trainer")
-        async with Runtime(config.policy.ranks, folder) as runtime:
+        async with Runtime(config.policy.ranks, folder, interface) as runtime:
             policy = PolicyGroup(config.policy.ranks, runtime, gpus_per_process(config.policy.ranks))
             await policy.build(config, architecture, config.steps, temperature=1.0)
             await supervise(config, policy, demonstrations, metrics, console)

@@ -1,7 +1,11 @@
-"""Every wait has a name and a deadline, and ends at once when a part of the run dies. Failures have a first cause."""
+"""Every wait has a name, an owner and a deadline, and ends at once when a part of the run dies. Failures have a first
+cause."""
 
 import asyncio
-from collections.abc import Awaitable
+import time
+import traceback
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from ray import ObjectRef
@@ -30,11 +34,34 @@ class Expired(RunFailed):
     """A deadline passed; nothing that is watched had died."""
 
 
-class Supervisor:
-    """Watches the parts of a run while others are waited for."""
+@dataclass(eq=False)
+class Wait:
+    """One that is going on."""
 
-    def __init__(self) -> None:
+    what: str
+    owners: list[str]
+    """Parts that are waited for; those that have answered are taken away."""
+    seconds: float
+    """The deadline, counted from `since`."""
+    since: float = field(default_factory=time.time)
+    """Unix seconds."""
+
+
+Diagnose = Callable[[Wait], Awaitable[str]]
+"""Given a wait whose deadline has passed: finds out what there is to find, and puts it in a few words."""
+
+
+class Supervisor:
+    """Watches the parts of a run while others are waited for.
+
+    Attributes:
+        waits: those that are going on, the oldest first. Other threads may copy it.
+    """
+
+    def __init__(self, diagnose: Diagnose | None = None) -> None:
         self._sentinels: dict[str, asyncio.Future] = {}
+        self._diagnose = diagnose
+        self.waits: list[Wait] = []
 
     def watch(self, part: str, sentinel: Awaitable) -> None:
         """`sentinel`: ends only when the part fails: a call into it (an `ObjectRef`), or a future of whoever looks after it."""
@@ -45,31 +72,53 @@ class Supervisor:
         for name in [name for name in self._sentinels if name.startswith(part)]:
             self._sentinels.pop(name).cancel()
 
-    async def wait(self, what: str, work: Awaitable[T], seconds: float) -> T:
-        """The result of `work`.
+    async def wait(self, what: str, work: Awaitable[T], seconds: float, owner: str = "") -> T:
+        """The result of `work`. `owner`: the part that is waited for, where it is one.
 
         Raises:
             RunFailed: a watched part died, `work` raised, or `seconds` passed (`Expired`); with the first cause.
             ConfigError: `work` raised it: a mistake of the user's stays one.
         """
+        return await self._wait(Wait(what, [owner] if owner else [], seconds), work)
+
+    async def answers(self, what: str, calls: Mapping[str, ObjectRef], seconds: float) -> list[Any]:
+        """The results of Ray calls, by the part that was called, in their order. Raises what `wait` raises."""
+        wait = Wait(what, list(calls), seconds)
+
+        async def answer(part: str, ref: ObjectRef) -> Any:
+            result = await from_part(part, ref)
+            wait.owners.remove(part)
+            return result
+
+        return await self._wait(wait, all_of(*(answer(part, ref) for part, ref in calls.items())))
+
+    async def _wait(self, wait: Wait, work: Awaitable[T]) -> T:
         task = asyncio.ensure_future(work)
+        self.waits.append(wait)
         try:
             done, _ = await asyncio.wait(
-                {task, *self._sentinels.values()}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED
+                {task, *self._sentinels.values()}, timeout=wait.seconds, return_when=asyncio.FIRST_COMPLETED
             )
             if task in done and task.exception() is None:
                 return task.result()
             if not done:
-                raise Expired(what, f"not finished after {seconds:.0f} s")
+                raise await self._expired(wait)
             await self._settle()
             if (failure := self._dead_part()) is not None:
                 raise failure
             if isinstance(error := task.exception(), ConfigError):
                 raise error
-            raise _named(what, error)
+            raise _named(wait.what, error)
         finally:
+            self.waits.remove(wait)
             if not task.done():
                 task.cancel()
+
+    async def _expired(self, wait: Wait) -> Expired:
+        cause = f"not finished after {wait.seconds:.0f} s"
+        if self._diagnose is None:
+            return Expired(wait.what, cause)
+        return Expired(wait.what, f"{cause}: {await self._diagnose(wait)}", details=describe_waits(self.waits))
 
     async def _settle(self) -> None:
         if self._sentinels and self._dead_part() is None:
@@ -80,6 +129,17 @@ class Supervisor:
             if sentinel.done() and not sentinel.cancelled():
                 return _named(part, sentinel.exception() or RuntimeError("ended by itself"))
         return None
+
+
+def describe_waits(waits: list[Wait]) -> str:
+    """A line for each, the oldest first."""
+    now = time.time()
+    return "".join(
+        f"{wait.what}: for {now - wait.since:.1f} s of {wait.seconds:.0f} s"
+        + (f", of {', '.join(wait.owners)}" if wait.owners else "")
+        + "\n"
+        for wait in waits
+    )
 
 
 async def _resolve(sentinel: Awaitable) -> Any:
@@ -111,7 +171,8 @@ def _named(part: str, error: BaseException | None) -> RunFailed:
         return RunFailed(part, _one_line(error.cause), details=str(error))
     if isinstance(error, RayActorError):
         return RunFailed(part, _death(error), details=str(error))
-    return RunFailed(part, _one_line(error))
+    details = "" if error is None else "".join(traceback.format_exception(error))
+    return RunFailed(part, _one_line(error), details)
 
 
 def _death(error: RayActorError) -> str:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_vespo.config import TrainConfig
+from megatron_vespo.interface import find_interface
 from megatron_vespo.observability.console import RunConsole
 from megatron_vespo.observability.open_metrics import open_metrics
 from megatron_vespo.observability.report import write_report
@@ -47,6 +48,7 @@ def run_training_loop(config: TrainConfig, console: RunConsole, loop: Loop, resu
         RunError: the run failed or was stopped; everything of it is gone but its folder.
     """
     started = time.monotonic()
+    interface = find_interface(config.cluster.interface)
     checkpoint = find_checkpoint(config, resume.point)
     prepared = prepare_training(config)
     if checkpoint is not None:
@@ -60,7 +62,7 @@ def run_training_loop(config: TrainConfig, console: RunConsole, loop: Loop, resu
 
     async def main() -> None:
         console.phase("starting Ray")
-        async with Runtime(config.policy.ranks + config.rollout.engine.count, folder) as runtime:
+        async with Runtime(config.policy.ranks + config.rollout.engine.count, folder, interface) as runtime:
             await run_once(Parts(runtime), config, prepared, record, console, loop, checkpoint)
             console.phase("stopping")
 

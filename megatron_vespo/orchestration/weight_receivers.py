@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from megatron_vespo.orchestration.cluster import LOOPBACK
 from megatron_vespo.rollout.client import EngineClient, EngineError
 from megatron_vespo.weights.buckets import Bucket
 
@@ -55,8 +54,9 @@ class CollectiveReceivers(Receivers):
     """Over gloo each engine has a group of its own, so that one that hangs holds up no other; over NCCL all are in one,
     since the trainer would else send the weights once for each engine."""
 
-    def __init__(self, engines: Sequence[EngineClient], backend: str) -> None:
+    def __init__(self, engines: Sequence[EngineClient], backend: str, address: str) -> None:
         self._backend = backend
+        self._address = address
         self._groups: list[list[EngineClient]] = (
             [list(engines)] if backend == "nccl" else [[client] for client in engines]
         )
@@ -72,7 +72,7 @@ class CollectiveReceivers(Receivers):
         number = self._group_of(client)
         group = self._groups[number]
         await client.init_weights_update_group(
-            master_address=LOOPBACK,
+            master_address=self._address,
             master_port=ports[number],
             rank_offset=1 + sum(other.ranks for other in group[: group.index(client)]),
             world_size=self.world_sizes[number],
@@ -121,10 +121,11 @@ class DiskReceivers(Receivers):
     async def leave(self, client: EngineClient) -> None: ...
 
 
-def receivers(transport: Transport, engines: Sequence[EngineClient], backend: str) -> Receivers:
+def receivers(transport: Transport, engines: Sequence[EngineClient], backend: str, address: str) -> Receivers:
+    """`address`: where the trainer's rank 0 listens."""
     match transport:
         case "collective":
-            return CollectiveReceivers(engines, backend)
+            return CollectiveReceivers(engines, backend, address)
         case "shared_memory":
             return SharedMemoryReceivers()
         case "disk":
@@ -132,10 +133,13 @@ def receivers(transport: Transport, engines: Sequence[EngineClient], backend: st
 
 
 def choose_transport(
-    asked: Literal["auto", "collective", "shared_memory", "disk"], engines: Sequence[EngineClient], backend: str
+    asked: Literal["auto", "collective", "shared_memory", "disk"],
+    engines: Sequence[EngineClient],
+    backend: str,
+    address: str,
 ) -> Transport:
     """On CUDA an engine on GPUs of its own does not see the trainer's, so only NCCL reaches it."""
     if asked != "auto":
         return asked
-    here = all(urlsplit(client.url).hostname in (LOOPBACK, "localhost") for client in engines)
+    here = all(urlsplit(client.url).hostname == address for client in engines)
     return "shared_memory" if here and backend == "gloo" else "collective"

@@ -101,8 +101,8 @@ class WeightUpdater:
             plans = await self._policy.on_all("plan the sync", lambda actor, _: actor.plan_sync.remote(size))
             self._buckets = plans[0]
         self._engines = list(engines)
-        self._transport = choose_transport(self._config.transport, engines, self._backend)
-        self._receivers = receivers(self._transport, engines, self._backend)
+        self._transport = choose_transport(self._config.transport, engines, self._backend, self._policy.address)
+        self._receivers = receivers(self._transport, engines, self._backend, self._policy.address)
         transport, names, disk = self._transport, list(self._receivers.names), self._config.disk
         ports = await self._policy.on_first(
             "open the weight transport", lambda actor: actor.open_sender.remote(transport, names, disk)
@@ -306,7 +306,9 @@ class WeightUpdater:
         tasks = {asyncio.ensure_future(call(client)): client.name for client in engines or self._engines}
         try:
             finishing = _finish(tasks, seconds, trainer)
-            return await self._supervisor.wait("let engines load weights", finishing, seconds + 2 * PARTING_SECONDS)
+            return await self._supervisor.wait(
+                "let engines load weights", finishing, seconds + 2 * PARTING_SECONDS, owner="engines"
+            )
         finally:
             for task in tasks:
                 task.cancel()
@@ -316,7 +318,7 @@ class WeightUpdater:
         members = self._receivers
         assert members is not None
         await self._policy.on_first("give up a weight sync", lambda actor: actor.abandon_sync.remote())
-        await self._supervisor.wait("come out of a weight sync", trainer, self._config.timeout_seconds)
+        await self._supervisor.wait("come out of a weight sync", trainer, self._config.timeout_seconds, owner="policy")
         others = [client for client in self._engines if client.name not in failures]
         raise EnginesFailed(await self._part(others, members, in_update=True) | failures)
 

@@ -16,6 +16,9 @@ from megatron_vespo.policy.device import Device
 from megatron_vespo.rendezvous import host_store, join_store
 from megatron_vespo.routing.slices import RankPlace
 
+LATER = timedelta(seconds=60)
+"""Ranks wait for each other longer than the driver waits for them, which can say which of them does not answer."""
+
 
 def join(
     device: Device,
@@ -36,7 +39,7 @@ def join(
     """
     if world_size != policy.ranks:
         raise ValueError(f"policy.ranks is {policy.ranks}, but {world_size} processes were started")
-    timeout = timedelta(seconds=policy.step_timeout_seconds)
+    timeout = timedelta(seconds=policy.step_timeout_seconds) + LATER
     if isinstance(master, socket.socket):
         store = host_store(master, world_size, timeout)
     else:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Literal
 
+from megatron_vespo import presence
 from megatron_vespo.config import ConfigError, RewardConfig, Source
 
 Outcome = Literal["graded", "exception", "timeout", "crash", "not_finite"]
@@ -43,9 +44,18 @@ class Grader:
     in a thread that lives as long as it shall.
     """
 
-    def __init__(self, sources: dict[str, Source], config: RewardConfig, log: Path | None = None):
-        """`sources` by their path in the configuration; `grade` counts in their order. `log` as in `RewardPool`."""
+    def __init__(
+        self,
+        sources: dict[str, Source],
+        config: RewardConfig,
+        log: Path | None = None,
+        parts: Path | None = None,
+        name: str = "grader",
+    ):
+        """`sources` by their path in the configuration; `grade` counts in their order. `log` and `parts` as in
+        `RewardPool`; `name`: what the process makes itself known as."""
         self._sources, self._config, self._log = sources, config, log
+        self._parts, self._name = parts, name
         self._lock = threading.Lock()  # of _process and _interrupted
         self._interrupted = False
         self._process: subprocess.Popen | None = None
@@ -114,6 +124,8 @@ class Grader:
             process, self._process = self._process, None
             if process is not None:
                 os.killpg(process.pid, signal.SIGKILL)
+                if self._parts is not None:
+                    presence.withdraw(self._parts, self._name)
         if self._connection is not None:
             self._connection.close()
             self._connection = None
@@ -138,6 +150,7 @@ class Grader:
                     sys.executable,
                     *("-m", "megatron_vespo.rewards.worker"),
                     *(str(theirs.fileno()), str(self._config.memory_limit_mb), str(os.getpid())),
+                    *(() if self._parts is None else (str(self._parts), self._name)),
                 ],
                 pass_fds=(theirs.fileno(),),
                 stdin=subprocess.DEVNULL,

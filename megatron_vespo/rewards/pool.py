@@ -43,11 +43,13 @@ class RewardPool:
         data: DataConfig,
         evaluation_sources: tuple[Source, ...] | None = None,
         log: Path | None = None,
+        parts: Path | None = None,
     ):
-        """`log`: where what the processes print is appended; None: it goes where this process's output goes."""
+        """`log`: where what the processes print is appended; None: it goes where this process's output goes.
+        `parts`: the folder where processes of a run make themselves known; None: there is no run."""
         self._config = config
         sources = numbered_sources(data, evaluation_sources)
-        self._graders = [Grader(sources, config, log) for _ in range(config.workers)]
+        self._graders = [Grader(sources, config, log, parts, f"graders {number}") for number in range(config.workers)]
         self._tasks: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
         self._threads: list[threading.Thread] = []
         self._closing = threading.Event()

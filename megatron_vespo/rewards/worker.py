@@ -1,4 +1,4 @@
-"""The process that grades: `python -m megatron_vespo.rewards.worker SOCKET_FD MEMORY_MB PARENT_PID`.
+"""The process that grades: `python -m megatron_vespo.rewards.worker SOCKET_FD MEMORY_MB PARENT_PID [PARTS NAME]`.
 
 It takes pickled requests from the driver, which it trusts, and answers in lines of JSON: the driver unpickles nothing
 that comes from here, where a model's output, and one day its code, is handled. What graders print goes to stderr.
@@ -13,8 +13,10 @@ import signal
 import socket
 import sys
 import traceback
+from pathlib import Path
 
 from megatron_vespo.config import ConfigError
+from megatron_vespo.presence import announce
 from megatron_vespo.rewards.scorers import Scorer, build_scorers
 
 PR_SET_PDEATHSIG = 1
@@ -43,6 +45,8 @@ def grade(scorers: list[Scorer], request: bytes) -> dict:
 def main() -> None:
     connection = socket.socket(fileno=int(sys.argv[1]))
     limit(int(sys.argv[2]), int(sys.argv[3]))
+    if len(sys.argv) > 4:
+        announce(Path(sys.argv[4]), sys.argv[5])
     os.dup2(2, 1)
     requests, answers = connection.makefile("rb"), connection.makefile("wb")
 

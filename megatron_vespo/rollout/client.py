@@ -82,6 +82,7 @@ class EngineClient:
 
     Args:
         url: of the server, without a slash at the end.
+        token: what the server asks for (`EngineServer.token`).
         name: what messages call the engine.
         ranks: its processes that hold weights (tensor parallel size).
         timeout_seconds: deadline of `generate`.
@@ -93,6 +94,7 @@ class EngineClient:
         self,
         url: str,
         *,
+        token: str | None = None,
         name: str = "engine",
         ranks: int = 1,
         timeout_seconds: float = 1800.0,
@@ -100,6 +102,7 @@ class EngineClient:
         control_timeout_seconds: float = 60.0,
     ) -> None:
         self.url = url
+        self._headers = {"Content-Type": "application/json", **authorization(token)}
         self.name = name
         self.ranks = ranks
         self._deadlines = {
@@ -359,7 +362,7 @@ class EngineClient:
                 method,
                 self.url + endpoint,
                 data=None if body is None else msgspec.json.encode(body),
-                headers={"Content-Type": "application/json"},
+                headers=self._headers,
                 timeout=aiohttp.ClientTimeout(total=seconds),
             ) as response:
                 content = await response.read()
@@ -380,6 +383,11 @@ class EngineClient:
 
     def _nonsense(self, endpoint: str, complaint: str, answer: Any) -> EngineError:
         return EngineError(self.url, endpoint, 200, f"{complaint}: {first_line(msgspec.json.encode(answer))}")
+
+
+def authorization(token: str | None) -> dict[str, str]:
+    """The header of a request to a server with this token."""
+    return {} if token is None else {"Authorization": f"Bearer {token}"}
 
 
 LARGE_BODY = 4 * 2**20

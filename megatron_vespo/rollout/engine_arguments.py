@@ -19,7 +19,9 @@ that ends within 6 of it."""
 
 SET_ELSEWHERE = {
     "model-path": "model.path",
-    "host": "nothing: engines listen on loopback",
+    "host": "cluster.interface",
+    "api-key": "nothing: every run draws a token",
+    "admin-api-key": "nothing: every run draws a token",
     "port": "rollout.engine.port",
     "dtype": "rollout.engine.dtype",
     "tp-size": "rollout.engine.tensor_parallel",
@@ -196,6 +198,8 @@ def child_environment(base: dict[str, str], device: str, scratch: Path, tensor_p
     """The server's environment. Its sockets and other temporary files go to `scratch`."""
     environment = base | {"TMPDIR": str(scratch), "PYTHONUNBUFFERED": "1"}
     # Only CONTEXT_MARGIN is ever beyond the model's own length (check_sequence_length).
+    # Its ranks meet in a file: torch's store would listen on every interface, whatever address it is given.
+    environment["SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE"] = f"file://{scratch / 'ranks'}"
     environment["SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN"] = "1"
     if device == "cpu":
         # One thread: results don't depend on how work is split. Compiled sampling is slower than it is worth here.

@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import random
+import secrets
 import signal
 import socket
 import subprocess
@@ -12,13 +13,16 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 
 from megatron_vespo.config import ConfigError, EngineConfig
 from megatron_vespo.errors import RunError
+from megatron_vespo.interface import LOOPBACK, Interface
 from megatron_vespo.rollout import process_tree, router_noise
+from megatron_vespo.rollout.client import authorization
 from megatron_vespo.rollout.engine_arguments import (
     check_sequence_length,
     check_tensor_parallel,
@@ -29,7 +33,6 @@ from megatron_vespo.rollout.engine_log import first_cause
 
 logger = logging.getLogger(__name__)
 
-HOST = "127.0.0.1"
 POLL_SECONDS = 0.1
 STOP_GRACE_SECONDS = 1.0
 PORT_ATTEMPTS = 3
@@ -41,7 +44,8 @@ class EngineServerError(RunError):
 
 
 class EngineServer:
-    """A server on loopback that dies with the process that started it.
+    """A server that dies with the process that started it, and answers only who knows its token (except /health, /ready
+    and /metrics, which SGLang leaves open).
 
     Args:
         model_path: folder in Hugging Face format.
@@ -54,6 +58,10 @@ class EngineServer:
         return_routed_experts: requests may ask for the experts that their tokens went to.
         scratch_parent: where the folder of the server's sockets is made; None: the system's temporary folder. What is
             killed before it could clean up goes with this folder.
+        parts: the folder where processes of a run make themselves known; None: there is no run.
+        name: what the server's first process makes itself known as.
+        interface: where it listens.
+        token: what requests to it need; None: one is drawn.
         device: "cuda" or "cpu"; None: "cuda" where torch finds it.
     """
 
@@ -70,12 +78,19 @@ class EngineServer:
         weight_version: int = 0,
         return_routed_experts: bool = False,
         scratch_parent: str | Path | None = None,
+        parts: str | Path | None = None,
+        name: str = "engine",
+        interface: Interface = LOOPBACK,
+        token: str | None = None,
         device: str | None = None,
     ) -> None:
         self._device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self._engine = engine
         self._log_path = Path(log_path)
         self._scratch_parent = scratch_parent
+        self._interface = interface
+        self.token = token or secrets.token_hex(32)
+        self._presence = [] if parts is None else ["--parts", str(parts), "--name", name]
         check_sequence_length(model_path, max_sequence_tokens)
         check_tensor_parallel(model_path, engine.tensor_parallel, self._device)
         self._arguments = command_line_arguments(
@@ -98,7 +113,7 @@ class EngineServer:
 
     @property
     def url(self) -> str:
-        return f"http://{HOST}:{self.port}"
+        return f"http://{self._interface.address}:{self.port}"
 
     @property
     def pid(self) -> int:
@@ -117,7 +132,7 @@ class EngineServer:
             raise EngineServerError("the engine was already started")
         deadline = time.monotonic() + self._engine.startup_timeout_seconds
         for attempt in range(1, PORT_ATTEMPTS + 1):
-            self.port = choose_port(self._engine.port)
+            self.port = choose_port(self._engine.port, self._interface.address)
             self._launch()
             try:
                 self._wait_until_healthy(deadline)
@@ -134,18 +149,28 @@ class EngineServer:
         self._log_path.parent.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, "-m", "megatron_vespo.rollout.serve"]
         command += ["--parent", str(os.getpid()), "--scratch", str(self._scratch)]
+        command += self._presence
         command += router_noise.as_options(self._engine.router_noise)
-        command += ["--host", HOST, "--port", str(self.port), *self._arguments]
+        command += ["--host", self._interface.address, "--port", str(self.port), *self._arguments]
         with self._log_path.open("ab") as log:
             self._log_start = log.tell()
             self._process = subprocess.Popen(
                 command,
-                stdin=subprocess.DEVNULL,
+                stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                env=child_environment(dict(os.environ), self._device, self._scratch, self._engine.tensor_parallel),
+                env=child_environment(
+                    dict(os.environ) | self._interface.environment(),
+                    self._device,
+                    self._scratch,
+                    self._engine.tensor_parallel,
+                ),
             )
+        # Not on the command line, which every user of the host can read.
+        assert self._process.stdin is not None
+        with suppress(BrokenPipeError), self._process.stdin as stdin:  # it died already: the next look tells of what
+            stdin.write(f"{self.token}\n".encode())
 
     def _wait_until_healthy(self, deadline: float) -> None:
         while not self._answers():
@@ -164,16 +189,18 @@ class EngineServer:
 
     def _answers(self) -> bool:
         try:
-            with urllib.request.urlopen(f"{self.url}/model_info", timeout=5) as response:
+            with urllib.request.urlopen(self._request("/model_info"), timeout=5) as response:
                 return response.status == 200
         except (urllib.error.URLError, TimeoutError, ConnectionError):
             return False
 
+    def _request(self, endpoint: str, body: bytes | None = None) -> urllib.request.Request:
+        headers = {"Content-Type": "application/json", **authorization(self.token)}
+        return urllib.request.Request(self.url + endpoint, body, headers)
+
     def _generate_one_token(self, deadline: float) -> None:
         body = {"input_ids": [0], "sampling_params": {"temperature": 0.0, "max_new_tokens": 1}}
-        request = urllib.request.Request(
-            f"{self.url}/generate", json.dumps(body).encode(), {"Content-Type": "application/json"}
-        )
+        request = self._request("/generate", json.dumps(body).encode())
         try:
             with urllib.request.urlopen(request, timeout=max(1.0, deadline - time.monotonic())) as response:
                 response.read()
@@ -186,7 +213,7 @@ class EngineServer:
         """SGLang asks this of itself at its start, sometimes before it listens; then each cache flush would collect
         garbage among all that was imported, for half a second."""
         try:
-            with urllib.request.urlopen(urllib.request.Request(f"{self.url}/freeze_gc", b""), timeout=30) as response:
+            with urllib.request.urlopen(self._request("/freeze_gc", b""), timeout=30) as response:
                 response.read()
         except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
             self.raise_if_dead()
@@ -234,24 +261,24 @@ class EngineServer:
         self.stop()
 
 
-def choose_port(wanted: int | None) -> int:
-    """`wanted` if it is free, else a free port, below those that the kernel gives to outgoing connections."""
+def choose_port(wanted: int | None, address: str) -> int:
+    """`wanted` if it is free on `address`, else a free port, below those that the kernel gives to outgoing connections."""
     if wanted is not None:
-        if _is_free(wanted):
+        if _is_free(wanted, address):
             return wanted
         logger.warning("rollout.engine.port %d is in use: taking another", wanted)
     highest = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
     for port in random.SystemRandom().sample(range(LOWEST_FREE_PORT, highest), 100):
-        if _is_free(port):
+        if _is_free(port, address):
             return port
-    raise ConfigError(f"no free port between {LOWEST_FREE_PORT} and {highest} on {HOST}: set rollout.engine.port")
+    raise ConfigError(f"no free port between {LOWEST_FREE_PORT} and {highest} on {address}: set rollout.engine.port")
 
 
-def _is_free(port: int) -> bool:
+def _is_free(port: int, address: str) -> bool:
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind((HOST, port))
+            probe.bind((address, port))
         except OSError:
             return False
         return True

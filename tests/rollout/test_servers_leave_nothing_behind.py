@@ -136,4 +136,4 @@ def test_what_cannot_work_is_refused_before_anything_starts(tiny_qwen3_moe, tmp_
 
 def test_free_ports_are_not_those_of_outgoing_connections():
     lowest_outgoing = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
-    assert all(choose_port(None) < lowest_outgoing for _ in range(5))
+    assert all(choose_port(None, "127.0.0.1") < lowest_outgoing for _ in range(5))

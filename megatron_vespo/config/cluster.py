@@ -1,0 +1,20 @@
+"""The hosts of a run."""
+
+from collections.abc import Iterator
+
+from megatron_vespo.config.section import Section
+
+ALL_INTERFACES = ("", "0.0.0.0", "::", "*")
+
+
+class ClusterConfig(Section):
+    interface: str = "lo"
+    """Network interface, by its name or its address, on which engines and trainer listen for each other; `lo` is the
+    loopback, which other hosts don't reach. Ray listens on loopback as long as a run is on one host."""
+
+    def own_problems(self) -> Iterator[tuple[str, str]]:
+        if self.interface.strip() in ALL_INTERFACES:
+            yield (
+                "interface",
+                f"'{self.interface}' would listen on every interface of the host: name one (`ip address`)",
+            )
