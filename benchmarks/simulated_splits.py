@@ -25,7 +25,7 @@ SETTINGS = (
     "rollout.group_size=16",
     "rollout.concurrent_groups=4096",
     "policy.ranks=4",
-    "policy.layout={tp: 2, ep: 4}",
+    "policy.layout={tp: 2, ep: 2}",
     "checkpoint.save_every=0",
 )
 
