@@ -75,7 +75,8 @@ class WeightUpdater:
         self._config = config
         self._engine_dtype = engine_dtype
         self._backend = backend
-        self._buckets: list[Bucket] = []
+        self.buckets: list[Bucket] = []
+        """The plan, made at the first connection."""
         self._engines: list[EngineClient] = []
         """Those that are connected."""
         self._receivers: Receivers | None = None
@@ -96,10 +97,10 @@ class WeightUpdater:
         Raises:
             EnginesFailed: these engines did not come; nobody is connected then.
         """
-        if not self._buckets:
+        if not self.buckets:
             size = int(self._config.bucket_mb * 2**20)
             plans = await self._policy.on_all("plan the sync", lambda actor, _: actor.plan_sync.remote(size))
-            self._buckets = plans[0]
+            self.buckets = plans[0]
         self._engines = list(engines)
         self._transport = choose_transport(self._config.transport, engines, self._backend)
         self._receivers = receivers(self._transport, engines, self._backend)
@@ -169,8 +170,8 @@ class WeightUpdater:
             weight_version=weight_version,
             transport=self._transport,
             engines=len(engines),
-            bytes=sum(bucket.num_bytes for bucket in self._buckets),
-            buckets=len(self._buckets),
+            bytes=sum(bucket.num_bytes for bucket in self.buckets),
+            buckets=len(self.buckets),
             verified=bool(checked),
             seconds={
                 "connect": connected - started,
@@ -209,15 +210,15 @@ class WeightUpdater:
         assert members is not None
         deadline, seconds = time.monotonic() + self._config.timeout_seconds, 0.0
         failures = await self._each(members.begin, deadline - time.monotonic(), trainer=trainer)
-        for index in range(len(self._buckets) + 1):
+        for index in range(len(self.buckets) + 1):
             if failures:
                 return failures, seconds
             described = await self._take(index, deadline - time.monotonic())
             if described is None:
                 continue
             taken = time.monotonic()
-            version = weight_version if index == len(self._buckets) - 1 else None
-            load = self._loader(members, self._buckets[index], described, version)
+            version = weight_version if index == len(self.buckets) - 1 else None
+            load = self._loader(members, self.buckets[index], described, version)
             failures = await self._each(load, deadline - taken, trainer=trainer)
             seconds += time.monotonic() - taken
         return await self._each(members.end, deadline - time.monotonic()), seconds
@@ -225,7 +226,7 @@ class WeightUpdater:
     async def _take(self, index: int, seconds: float) -> Any:
         copies = sum(client.ranks for client in self._engines)
         return await self._policy.on_first(
-            f"gather bucket {index + 1} of {len(self._buckets)}",
+            f"gather bucket {index + 1} of {len(self.buckets)}",
             lambda actor: actor.take_bucket.remote(index, copies),
             max(seconds, 1.0),
         )
