@@ -20,6 +20,7 @@ import statistics
 import tempfile
 import time
 from contextlib import AsyncExitStack, ExitStack, contextmanager
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -88,6 +89,7 @@ class Broadcast:
         ]
         for process in self._processes:
             process.start()
+        self.pids = [os.getpid(), *(process.pid for process in self._processes if process.pid is not None)]
         dist.init_process_group("gloo", store=host_store(listener, 3, TIMEOUT), rank=0, world_size=3, timeout=TIMEOUT)
         self._bucket = torch.ones(bucket_bytes, dtype=torch.uint8)
 
@@ -119,6 +121,15 @@ def receive(rank: int, port: int, bucket_bytes: int, orders) -> None:
             dist.broadcast(bucket[:size], src=0)
         dist.barrier()
     dist.destroy_process_group()
+
+
+@contextmanager
+def processor_seconds(pids: list[int], found: dict[str, float]):
+    """User and kernel time that processes spend, into `found`."""
+    processes = [psutil.Process(pid) for pid in pids]
+    before = sum(sum(process.cpu_times()[:2]) for process in processes)
+    yield
+    found["cpu"] = sum(sum(process.cpu_times()[:2]) for process in processes) - before
 
 
 @contextmanager
@@ -163,15 +174,18 @@ async def measure(arguments: argparse.Namespace, root: Path, stack: AsyncExitSta
             policy, runtime.supervisor, WeightSyncConfig(**settings), engine_dtype="float32", backend="gloo"
         )
 
+    family = [os.getpid(), *(process.pid for _, pid in clients for process in process_tree.tree(pid))]
     actors = [await actor.__ray_call__.remote(lambda _: os.getpid()) for actor in policy.ranks]
     pids = {f"trainer rank {rank}": pid for rank, pid in enumerate(actors)}
     pids |= {name: largest_process(pid) for name, (_, pid) in zip(("engine 0", "engine 1"), clients, strict=True)}
-    engines = [client for client, _ in clients]
-    return {name: await one_transport(updater(name), engines, broadcast, pids, arguments) for name in TRANSPORTS}
+    setup = Setup([client for client, _ in clients], broadcast, pids, [*family, *actors], arguments)
+    return {name: await one_transport(updater(name), setup) for name in TRANSPORTS}
 
 
 async def start_engine(root: Path, name: str, stack: AsyncExitStack) -> tuple[EngineClient, int]:
-    settings = EngineConfig(max_total_tokens=512, max_running_requests=2, extra_arguments={"load-format": "dummy"})
+    settings = EngineConfig(
+        max_total_tokens=512, max_running_requests=2, memory_fraction=0.6, extra_arguments={"load-format": "dummy"}
+    )
     server = EngineServer(
         *(str(root), "float32", settings),
         deterministic=False,
@@ -186,32 +200,51 @@ async def start_engine(root: Path, name: str, stack: AsyncExitStack) -> tuple[En
     return client, server.pid
 
 
-async def one_transport(
-    updater: WeightUpdater, engines: list[EngineClient], broadcast: Broadcast, pids: dict[str, int], arguments
-) -> dict:
+@dataclass(frozen=True)
+class Setup:
+    engines: list[EngineClient]
+    broadcast: Broadcast
+    pids: dict[str, int]
+    """Whose memory is measured."""
+    family: list[int]
+    """All that take part in a sync."""
+    arguments: argparse.Namespace
+
+
+async def one_transport(updater: WeightUpdater, setup: Setup) -> dict:
     peaks: dict[str, int] = {}
-    with extra_memory(pids, peaks):
-        first = await updater.sync(0, engines)
+    with extra_memory(setup.pids, peaks):
+        first = await updater.sync(0, setup.engines)
     sizes = [bucket.num_bytes for bucket in updater.buckets]
-    await asyncio.to_thread(broadcast.seconds, sizes)
-    pairs: list[dict] = []
-    for version in range(1, arguments.repeats + 1):
-        plain = await asyncio.to_thread(broadcast.seconds, sizes)
-        with extra_memory(pids, peaks):
-            report = await updater.sync(version, engines)
-        again = await asyncio.to_thread(broadcast.seconds, sizes)
-        pairs.append({"broadcast": (plain + again) / 2, "sync": report.total_seconds, **report.seconds})
+    plain = await broadcast_seconds(setup, sizes)
+    pairs: list[dict[str, float]] = []
+    for version in range(1, setup.arguments.repeats + 1):
+        used: dict[str, float] = {}
+        with extra_memory(setup.pids, peaks), processor_seconds(setup.family, used):
+            report = await updater.sync(version, setup.engines)
+        before, plain = plain, await broadcast_seconds(setup, sizes)
+        both = {name: (before[name] + plain[name]) / 2 for name in plain}
+        pairs.append({**both, "sync": report.total_seconds, "sync_cpu": used["cpu"], **report.seconds})
         print(report.transport, {name: round(value, 3) for name, value in pairs[-1].items()}, flush=True)
     await updater.disconnect()
-    return summary(first, pairs, peaks, int(arguments.bucket_mb * 2**20))
+    return summary(first, pairs, peaks, int(setup.arguments.bucket_mb * 2**20))
+
+
+async def broadcast_seconds(setup: Setup, sizes: list[int]) -> dict[str, float]:
+    used: dict[str, float] = {}
+    with processor_seconds(setup.broadcast.pids, used):
+        seconds = await asyncio.to_thread(setup.broadcast.seconds, sizes)
+    return {"broadcast": seconds, "broadcast_cpu": used["cpu"]}
 
 
 def summary(first: SyncReport, pairs: list[dict], peaks: dict[str, int], bucket_bytes: int) -> dict:
     ratios = [pair["sync"] / pair["broadcast"] for pair in pairs]
+    cpu = statistics.median(pair["sync_cpu"] / pair["broadcast_cpu"] for pair in pairs)
     result = {
         "bytes": first.bytes,
         "buckets": first.buckets,
         "sync_over_broadcast": {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)},
+        "cpu_over_broadcast": cpu,
         "median_seconds": {name: statistics.median(pair[name] for pair in pairs) for name in pairs[0]},
         "first": first.seconds,
         "verify_over_broadcast": first.seconds["verify"] / statistics.median(pair["broadcast"] for pair in pairs),

@@ -208,27 +208,34 @@ class WeightUpdater:
         """Let engines load bucket after bucket, until the first failure. Returns failures, and the seconds it took."""
         members = self._receivers
         assert members is not None
-        deadline, seconds = time.monotonic() + self._config.timeout_seconds, 0.0
-        failures = await self._each(members.begin, deadline - time.monotonic(), trainer=trainer)
-        for index in range(len(self.buckets) + 1):
-            if failures:
-                return failures, seconds
-            described = await self._take(index, deadline - time.monotonic())
-            if described is None:
-                continue
-            taken = time.monotonic()
-            version = weight_version if index == len(self.buckets) - 1 else None
-            load = self._loader(members, self.buckets[index], described, version)
-            failures = await self._each(load, deadline - taken, trainer=trainer)
-            seconds += time.monotonic() - taken
-        return await self._each(members.end, deadline - time.monotonic()), seconds
+        deadline, seconds, count = time.monotonic() + self._config.timeout_seconds, 0.0, len(self.buckets)
+        taking = asyncio.ensure_future(self._take(0, 0, deadline))
+        try:
+            failures = await self._each(members.begin, deadline - time.monotonic(), trainer=trainer)
+            for index in range(count):
+                if failures:
+                    return failures, seconds
+                described = await taking
+                taking = asyncio.ensure_future(self._take(index + 1, index, deadline))  # ready when engines are
+                if described is None:
+                    continue
+                started = time.monotonic()
+                version = weight_version if index == count - 1 else None
+                load = self._loader(members, self.buckets[index], described, version)
+                failures = await self._each(load, deadline - started, trainer=trainer)
+                seconds += time.monotonic() - started
+            if not failures:
+                await self._take(count, count, deadline)
+        finally:
+            taking.cancel()
+        return failures or await self._each(members.end, deadline - time.monotonic()), seconds
 
-    async def _take(self, index: int, seconds: float) -> Any:
+    async def _take(self, index: int, released: int, deadline: float) -> Any:
         copies = sum(client.ranks for client in self._engines)
         return await self._policy.on_first(
-            f"gather bucket {index + 1} of {len(self.buckets)}",
-            lambda actor: actor.take_bucket.remote(index, copies),
-            max(seconds, 1.0),
+            f"gather bucket {min(index + 1, len(self.buckets))} of {len(self.buckets)}",
+            lambda actor: actor.take_bucket.remote(index, copies, released),
+            max(deadline - time.monotonic(), 1.0),
         )
 
     def _loader(
