@@ -302,7 +302,8 @@ class WeightUpdater:
         After a first failure the others get PARTING_SECONDS at most, and are not blamed. Raises what `trainer` raised,
         should it fail meanwhile.
         """
-        tasks = {asyncio.ensure_future(call(client)): client.name for client in engines or self._engines}
+        asked = self._engines if engines is None else engines
+        tasks = {asyncio.ensure_future(call(client)): client.name for client in asked}
         try:
             finishing = _finish(tasks, seconds, trainer)
             return await self._supervisor.wait("let engines load weights", finishing, seconds + 2 * PARTING_SECONDS)
@@ -333,7 +334,7 @@ class WeightUpdater:
                     # It answers, and is in no update or no group: which one, depends on how far it had come.
 
         await self._policy.on_first("close the weight transport", lambda actor: actor.close_sender.remote())
-        return await self._each(leave, PARTING_SECONDS, engines=engines) if engines else {}
+        return await self._each(leave, PARTING_SECONDS, engines=engines)
 
 
 async def _finish(tasks: dict[asyncio.Task, str], seconds: float, trainer: asyncio.Future | None) -> Failures:
