@@ -188,9 +188,9 @@ class PolicyRank:
         return None
 
     @ray.method(concurrency_group="weights")
-    def take_bucket(self, index: int, copies: int) -> Any:
+    def take_bucket(self, index: int, copies: int, released: int) -> Any:
         """Rank 0 only, while it sends: wait until a bucket is ready, and return what engines are told of it."""
-        return self._sender.take(index, copies)
+        return self._sender.take(index, copies, released)
 
     @ray.method(concurrency_group="weights")
     def abandon_sync(self) -> None:

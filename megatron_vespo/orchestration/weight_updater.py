@@ -75,7 +75,8 @@ class WeightUpdater:
         self._config = config
         self._engine_dtype = engine_dtype
         self._backend = backend
-        self._buckets: list[Bucket] = []
+        self.buckets: list[Bucket] = []
+        """The plan, made at the first connection."""
         self._engines: list[EngineClient] = []
         """Those that are connected."""
         self._receivers: Receivers | None = None
@@ -96,10 +97,10 @@ class WeightUpdater:
         Raises:
             EnginesFailed: these engines did not come; nobody is connected then.
         """
-        if not self._buckets:
+        if not self.buckets:
             size = int(self._config.bucket_mb * 2**20)
             plans = await self._policy.on_all("plan the sync", lambda actor, _: actor.plan_sync.remote(size))
-            self._buckets = plans[0]
+            self.buckets = plans[0]
         self._engines = list(engines)
         self._transport = choose_transport(self._config.transport, engines, self._backend, self._policy.address)
         self._receivers = receivers(self._transport, engines, self._backend, self._policy.address)
@@ -139,7 +140,7 @@ class WeightUpdater:
         """The trainer's processes are gone, and others in their place: the next `sync` plans and connects anew."""
         if self._receivers is not None:
             self._abandoned = self._engines, self._receivers
-        self._buckets, self._engines, self._receivers, self._held = [], [], None, {}
+        self.buckets, self._engines, self._receivers, self._held = [], [], None, {}
 
     async def sync(self, weight_version: int, engines: Sequence[EngineClient]) -> SyncReport:
         """Send all weights to `engines` as `weight_version`, empty their prefix caches, and verify when it is due.
@@ -178,8 +179,8 @@ class WeightUpdater:
             weight_version=weight_version,
             transport=self._transport,
             engines=len(engines),
-            bytes=sum(bucket.num_bytes for bucket in self._buckets),
-            buckets=len(self._buckets),
+            bytes=sum(bucket.num_bytes for bucket in self.buckets),
+            buckets=len(self.buckets),
             verified=bool(checked),
             seconds={
                 "connect": connected - started,
@@ -216,27 +217,34 @@ class WeightUpdater:
         """Let engines load bucket after bucket, until the first failure. Returns failures, and the seconds it took."""
         members = self._receivers
         assert members is not None
-        deadline, seconds = time.monotonic() + self._config.timeout_seconds, 0.0
-        failures = await self._each(members.begin, deadline - time.monotonic(), trainer=trainer)
-        for index in range(len(self._buckets) + 1):
-            if failures:
-                return failures, seconds
-            described = await self._take(index, deadline - time.monotonic())
-            if described is None:
-                continue
-            taken = time.monotonic()
-            version = weight_version if index == len(self._buckets) - 1 else None
-            load = self._loader(members, self._buckets[index], described, version)
-            failures = await self._each(load, deadline - taken, trainer=trainer)
-            seconds += time.monotonic() - taken
-        return await self._each(members.end, deadline - time.monotonic()), seconds
+        deadline, seconds, count = time.monotonic() + self._config.timeout_seconds, 0.0, len(self.buckets)
+        taking = asyncio.ensure_future(self._take(0, 0, deadline))
+        try:
+            failures = await self._each(members.begin, deadline - time.monotonic(), trainer=trainer)
+            for index in range(count):
+                if failures:
+                    return failures, seconds
+                described = await taking
+                taking = asyncio.ensure_future(self._take(index + 1, index, deadline))  # ready when engines are
+                if described is None:
+                    continue
+                started = time.monotonic()
+                version = weight_version if index == count - 1 else None
+                load = self._loader(members, self.buckets[index], described, version)
+                failures = await self._each(load, deadline - started, trainer=trainer)
+                seconds += time.monotonic() - started
+            if not failures:
+                await self._take(count, count, deadline)
+        finally:
+            taking.cancel()
+        return failures or await self._each(members.end, deadline - time.monotonic()), seconds
 
-    async def _take(self, index: int, seconds: float) -> Any:
+    async def _take(self, index: int, released: int, deadline: float) -> Any:
         copies = sum(client.ranks for client in self._engines)
         return await self._policy.on_first(
-            f"gather bucket {index + 1} of {len(self._buckets)}",
-            lambda actor: actor.take_bucket.remote(index, copies),
-            max(seconds, 1.0),
+            f"gather bucket {min(index + 1, len(self.buckets))} of {len(self.buckets)}",
+            lambda actor: actor.take_bucket.remote(index, copies, released),
+            max(deadline - time.monotonic(), 1.0),
         )
 
     def _loader(
@@ -303,7 +311,8 @@ class WeightUpdater:
         After a first failure the others get PARTING_SECONDS at most, and are not blamed. Raises what `trainer` raised,
         should it fail meanwhile.
         """
-        tasks = {asyncio.ensure_future(call(client)): client.name for client in engines or self._engines}
+        asked = self._engines if engines is None else engines
+        tasks = {asyncio.ensure_future(call(client)): client.name for client in asked}
         try:
             finishing = _finish(tasks, seconds, trainer)
             return await self._supervisor.wait(
@@ -338,7 +347,7 @@ class WeightUpdater:
                         raise
                     # It answers, and is in no update or no group: which one, depends on how far it had come.
 
-        return await self._each(leave, PARTING_SECONDS, engines=engines) if engines else {}
+        return await self._each(leave, PARTING_SECONDS, engines=engines)
 
 
 async def _finish(tasks: dict[asyncio.Task, str], seconds: float, trainer: asyncio.Future | None) -> Failures:

@@ -320,6 +320,7 @@ class EngineClient:
         """
         body = {
             "model_path": folder,
+            "load_format": "auto",  # however the engine was started
             "flush_cache": flush_cache,
             "weight_version": None if weight_version is None else str(weight_version),
         }

@@ -39,11 +39,11 @@ class DiskSender(Sender):
         folder = self._written[index].result()
         return None if folder is None else str(folder)
 
-    def take(self, index: int, copies: int) -> str | None:
-        if index == len(self.buckets):
-            self._remove(index - 2)
-            self._remove(index - 1)
-        return super().take(index, copies)
+    def take(self, index: int, copies: int, released: int) -> str | None:
+        if released == len(self.buckets):
+            self._remove(released - 2)
+            self._remove(released - 1)
+        return super().take(index, copies, released)
 
     def close(self) -> None:
         self._writer.shutdown(cancel_futures=True)

@@ -28,12 +28,12 @@ class SendTimes:
 class Sender(ABC):
     """Of the trainer's rank 0.
 
-    `send` runs in one thread and blocks; meanwhile others are told by `take` which buckets are ready. A bucket's memory is
-    used again once it was released: by the transport itself, or by the call of `take` for the next one.
+    `send` runs in one thread and blocks; meanwhile `take` tells another which buckets are ready, and is told which ones
+    engines are done with: their memory is used again.
     """
 
     released_by_take = True
-    """Whether whoever calls `take` for a bucket is done with all before it."""
+    """False: the transport itself knows when engines have a bucket."""
 
     def __init__(self, buckets: Sequence[Bucket], device: torch.device) -> None:
         self.buckets = buckets
@@ -84,16 +84,20 @@ class Sender(ABC):
             with self._changed:  # now, for `take` may be called before the next sending begins
                 self._filled = self._released = 0
 
-    def take(self, index: int, copies: int) -> Any:
+    def take(self, index: int, copies: int, released: int) -> Any:
         """Wait until bucket `index` is ready; returns what engines are told of it (`describe`), None for no bucket.
 
-        The index behind the last only tells that all are done with the last. `copies`: how many processes will open it.
+        The index behind the last only tells what was released.
+
+        Args:
+            copies: how many processes will open it.
+            released: so many buckets from the first were loaded by all engines.
 
         Raises:
             RuntimeError: sending failed or was abandoned.
         """
         if self.released_by_take:
-            self._set(released=index)
+            self._set(released=released)
         if index == len(self.buckets):
             return None
         if not self._wait(lambda: self._filled > index):

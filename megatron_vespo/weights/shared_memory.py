@@ -55,10 +55,10 @@ class SharedMemorySender(Sender):
     def close(self) -> None:
         self._slot_of = {}
 
-    def take(self, index: int, copies: int) -> Any:
-        if index == len(self.buckets):
+    def take(self, index: int, copies: int, released: int) -> Any:
+        if released == len(self.buckets):
             self._slot_of = {}
-        return super().take(index, copies)
+        return super().take(index, copies, released)
 
 
 def metadata_of(bucket: Bucket) -> list[SimpleNamespace]:

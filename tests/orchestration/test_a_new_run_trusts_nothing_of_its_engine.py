@@ -8,10 +8,13 @@ import pytest
 from megatron_vespo.config import WeightSyncConfig
 from megatron_vespo.orchestration import steps
 from megatron_vespo.orchestration.weight_updater import WeightUpdater
+from megatron_vespo.weights.sender import SendTimes
 
 
 class Engine:
     """Notes what it is told; there are no tensors."""
+
+    url, name, ranks = "http://127.0.0.1:1", "engine", 1
 
     def __init__(self):
         self.flushed = 0
@@ -24,33 +27,41 @@ class Engine:
         self.flushed += 1
 
     async def weights_checksum(self):
-        return {}
-
-
-class Trainer:
-    async def on_all(self, what, call):
         return [{}]
 
 
+class Trainer:
+    address = "127.0.0.1"
+    answers = {
+        "plan the sync": [[]],
+        "gather and send weights": [SendTimes(gather=0, wait=0)],
+        "checksum the trainer's weights": [[{}]],
+    }
+
+    async def on_all(self, what, call, seconds=None):
+        return self.answers[what]
+
+    async def on_first(self, what, call, seconds=None): ...
+
+
 class Supervisor:
-    async def wait(self, what, work, seconds):
+    async def wait(self, what, work, seconds, owner=""):
         return await work
 
 
-def updater(engine: Engine, *, flush_cache: bool) -> WeightUpdater:
+def updater(*, flush_cache: bool) -> WeightUpdater:
     config = WeightSyncConfig(flush_cache=flush_cache)
-    parts = (Trainer(), engine, Supervisor(), config)
-    return WeightUpdater(*parts, engine_ranks=1, engine_dtype="float32", backend="gloo")  # type: ignore[arg-type]
+    return WeightUpdater(Trainer(), Supervisor(), config, engine_dtype="float32", backend="gloo")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("flush_cache", "flushed", "oldest"), [(True, 3, None), (False, 1, 4)])
 def test_the_cache_is_emptied_at_the_first_sync_in_any_case(flush_cache, flushed, oldest):
     engine = Engine()
-    weights = updater(engine, flush_cache=flush_cache)
+    weights = updater(flush_cache=flush_cache)
     for version in (4, 8, 12):
-        asyncio.run(weights.sync(version, [engine]))
+        asyncio.run(weights.sync(version, [engine]))  # type: ignore[list-item]
     assert (engine.flushed, weights.cache_version) == (flushed, oldest)
-    asyncio.run(updater(engine, flush_cache=flush_cache).sync(0))  # of the next run of a grid
+    asyncio.run(updater(flush_cache=flush_cache).sync(0, [engine]))  # type: ignore[list-item]  # the next run of a grid
     assert engine.flushed == flushed + 1
 
 

@@ -19,8 +19,8 @@ def buckets_of(sender: DiskSender, tensors, weight_version: int, since: int | No
     thread = threading.Thread(target=sender.send, args=(iter(tensors.items()), weight_version, since))
     thread.start()
     for index in range(len(sender.buckets)):
-        yield sender.take(index, copies=1)
-    sender.take(len(sender.buckets), copies=1)
+        yield sender.take(index, copies=1, released=index)
+    sender.take(len(sender.buckets), copies=1, released=len(sender.buckets))
     thread.join()
 
 
