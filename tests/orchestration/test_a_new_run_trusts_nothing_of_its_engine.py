@@ -32,14 +32,13 @@ class Engine:
 
 class Trainer:
     address = "127.0.0.1"
-    answers = {
-        "plan the sync": [[]],
-        "gather and send weights": [SendTimes(gather=0, wait=0)],
-        "checksum the trainer's weights": [[{}]],
-    }
 
     async def on_all(self, what, call, seconds=None):
-        return self.answers[what]
+        return {
+            "plan the sync": [[]],
+            "gather and send weights": [SendTimes(gather=0, wait=0)],
+            "checksum the trainer's weights": [[{}]],
+        }[what]
 
     async def on_first(self, what, call, seconds=None): ...
 
