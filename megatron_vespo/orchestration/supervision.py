@@ -24,8 +24,14 @@ class RunFailed(RunError):
 
     def __init__(self, part: str, cause: str, details: str = "") -> None:
         super().__init__(f"{part}: {cause}")
+        self.part = part
+        self.cause = cause
         self.details = details
         """Stack traces, for the log."""
+
+
+class Expired(RunFailed):
+    """A deadline passed; nothing that is watched had died."""
 
 
 @dataclass(eq=False)
@@ -70,7 +76,7 @@ class Supervisor:
         """The result of `work`. `owner`: the part, or parts, that are waited for.
 
         Raises:
-            RunFailed: a watched part died, `work` raised, or `seconds` passed; with the first cause.
+            RunFailed: a watched part died, `work` raised, or `seconds` passed (`Expired`); with the first cause.
             ConfigError: `work` raised it: a mistake of the user's stays one.
         """
         return await self._wait(Wait(what, [owner] if owner else [], seconds), work)
@@ -108,11 +114,11 @@ class Supervisor:
             if not task.done():
                 task.cancel()
 
-    async def _expired(self, wait: Wait) -> RunFailed:
+    async def _expired(self, wait: Wait) -> Expired:
         cause = f"not finished after {wait.seconds:.0f} s"
         if self._diagnose is None:
-            return RunFailed(wait.what, cause)
-        return RunFailed(wait.what, f"{cause}: {await self._diagnose(wait)}", details=describe_waits(self.waits))
+            return Expired(wait.what, cause)
+        return Expired(wait.what, f"{cause}: {await self._diagnose(wait)}", details=describe_waits(self.waits))
 
     async def _settle(self) -> None:
         if self._sentinels and self._dead_part() is None:
