@@ -76,11 +76,6 @@ def _announce(stem: Path, name: str) -> None:
     unfinished.rename(stem.with_name(stem.name + ".json"))
 
 
-def leave() -> None:
-    """This process is no part of a run any more."""
-    faulthandler.unregister(STACKS_SIGNAL)
-
-
 def withdraw(folder: Path, part: str) -> None:
     """Forget the processes of `part` ("policy": "policy rank 0" and so on): they are about to be stopped on purpose."""
     stem = part.replace(" ", "_")

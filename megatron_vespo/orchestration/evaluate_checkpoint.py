@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from megatron_vespo.orchestration.interruption import run_interruptible
 from megatron_vespo.orchestration.preflight import check_engine
 from megatron_vespo.orchestration.runtime import Runtime
 from megatron_vespo.orchestration.sampler import Sampler
-from megatron_vespo.orchestration.supervision import all_of
+from megatron_vespo.orchestration.supervision import RunFailed, all_of
 from megatron_vespo.rewards.pool import OUTCOMES, RewardPool
 from megatron_vespo.rewards.scorers import build_scorers
 
@@ -63,9 +64,16 @@ def run_evaluation(config: EvaluateConfig, checkpoint: Path, output: Path | None
             groups, _ = await sample_held_out(sampler, prompts, config.evaluation, weight_version=0)
             return describe_evaluation(sampler, groups)
 
-    with tempfile.TemporaryDirectory(prefix="mv-eval-") as scratch:
-        folder = Path(scratch)
+    folder = Path(tempfile.mkdtemp(prefix="mv-eval-"))
+    keep = False
+    try:
         figures = run_interruptible(main)
+    except RunFailed:
+        keep = True  # its logs and stacks are there
+        raise
+    finally:
+        if not keep:
+            shutil.rmtree(folder)
     if output is not None:
         output.write_text(json.dumps(figures, indent=2, sort_keys=True) + "\n")
     k = config.evaluation.samples_per_prompt

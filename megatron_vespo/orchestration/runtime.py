@@ -97,7 +97,6 @@ class Runtime:
 
     async def _stop_all(self, failed: bool) -> None:
         self.supervisor.forget()
-        presence.leave()
         deadline = time.monotonic() + STOP_SECONDS
         try:
             await asyncio.gather(

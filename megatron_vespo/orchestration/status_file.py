@@ -5,7 +5,6 @@ there are, and every HEARTBEAT_SECONDS.
 """
 
 import json
-import os
 import socket
 import threading
 import time
@@ -27,6 +26,7 @@ class StatusFile:
         self._parts = parts
         self._supervisor = supervisor
         self._ending = threading.Event()
+        self._lock = threading.Lock()  # of what is written where
         self._written: dict[str, Any] = {}
         folder.mkdir(parents=True, exist_ok=True)
         self._write(self._running())
@@ -37,7 +37,8 @@ class StatusFile:
         """Another run is the one that goes on; that in the former folder has finished."""
         if folder == self.folder:
             return
-        former, self.folder = self.folder, folder
+        with self._lock:
+            former, self.folder = self.folder, folder
         self._write(self._ended("finished", None), former)
 
     def end(self, error: BaseException | None) -> None:
@@ -73,8 +74,9 @@ class StatusFile:
 
     def _write(self, status: dict[str, Any], folder: Path | None = None) -> None:
         """Whole or not at all, for whoever reads it."""
-        self._written, self._last = status, time.time()
-        file = (folder or self.folder) / STATUS_FILE
-        unfinished = file.with_name(f".{file.name}.{os.getpid()}")
-        unfinished.write_text(json.dumps(status | {"written": self._last}, indent=1) + "\n")
-        unfinished.rename(file)
+        with self._lock:
+            self._written, self._last = status, time.time()
+            file = (folder or self.folder) / STATUS_FILE
+            unfinished = file.with_name(f".{file.name}.unfinished")
+            unfinished.write_text(json.dumps(status | {"written": self._last}, indent=1) + "\n")
+            unfinished.rename(file)

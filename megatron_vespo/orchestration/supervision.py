@@ -73,7 +73,7 @@ class Supervisor:
             self._sentinels.pop(name).cancel()
 
     async def wait(self, what: str, work: Awaitable[T], seconds: float, owner: str = "") -> T:
-        """The result of `work`. `owner`: the part that is waited for, where it is one.
+        """The result of `work`. `owner`: the part, or parts, that are waited for.
 
         Raises:
             RunFailed: a watched part died, `work` raised, or `seconds` passed (`Expired`); with the first cause.

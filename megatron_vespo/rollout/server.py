@@ -37,6 +37,8 @@ POLL_SECONDS = 0.1
 STOP_GRACE_SECONDS = 1.0
 PORT_ATTEMPTS = 3
 LOWEST_FREE_PORT = 20000
+WITHOUT_PROXY = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+"""The token is nobody else's business."""
 
 
 class EngineServerError(RunError):
@@ -189,7 +191,7 @@ class EngineServer:
 
     def _answers(self) -> bool:
         try:
-            with urllib.request.urlopen(self._request("/model_info"), timeout=5) as response:
+            with WITHOUT_PROXY.open(self._request("/model_info"), timeout=5) as response:
                 return response.status == 200
         except (urllib.error.URLError, TimeoutError, ConnectionError):
             return False
@@ -202,7 +204,7 @@ class EngineServer:
         body = {"input_ids": [0], "sampling_params": {"temperature": 0.0, "max_new_tokens": 1}}
         request = self._request("/generate", json.dumps(body).encode())
         try:
-            with urllib.request.urlopen(request, timeout=max(1.0, deadline - time.monotonic())) as response:
+            with WITHOUT_PROXY.open(request, timeout=max(1.0, deadline - time.monotonic())) as response:
                 response.read()
         except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
             time.sleep(1.0)  # a crash in the first forward pass ends the process a moment later
@@ -213,7 +215,7 @@ class EngineServer:
         """SGLang asks this of itself at its start, sometimes before it listens; then each cache flush would collect
         garbage among all that was imported, for half a second."""
         try:
-            with urllib.request.urlopen(self._request("/freeze_gc", b""), timeout=30) as response:
+            with WITHOUT_PROXY.open(self._request("/freeze_gc", b""), timeout=30) as response:
                 response.read()
         except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
             self.raise_if_dead()

@@ -120,11 +120,11 @@ def test_runs_of_a_grid_are_told_one_by_one(folder, tmp_path_factory):
     presence.announce(folder / "parts", "driver")
     try:
         file.follow(second)
-        until(lambda: (second / "status.json").exists())
-        assert [read_status(one).state for one in (folder, second)] == ["finished", "running"]
+        until(lambda: (second / "status.json").exists() and read_status(second).state == "running")
+        assert read_status(folder).state == "finished"
     finally:
-        presence.leave()
         file.end(None)
+    assert [read_status(one).state for one in (folder, second)] == ["finished", "finished"]
 
 
 def test_short_waits_are_not_each_written(folder):

@@ -20,7 +20,8 @@ DEADLINE = 40
 
 @pytest.fixture
 def run(tmp_path):
-    run = Run("examples/tiny_base", tmp_path / "run", f"policy.step_timeout_seconds={DEADLINE}", "reward.workers=2")
+    settings = (f"policy.step_timeout_seconds={DEADLINE}", "reward.workers=2", "checkpoint.save_every=0")
+    run = Run("examples/tiny_base", tmp_path / "run", *settings)
     yield run
     if run.process.poll() is None:
         for process in [*run.family(), run.process]:
