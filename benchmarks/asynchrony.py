@@ -28,6 +28,7 @@ import psutil
 from rich.console import Console
 
 from megatron_vespo.config import ResponseLengthConfig, TrainConfig, load_config
+from megatron_vespo.interface import LOOPBACK
 from megatron_vespo.observability.console import RunConsole
 from megatron_vespo.observability.run_folder import RunFolder, read_run
 from megatron_vespo.orchestration.interruption import run_interruptible
@@ -310,7 +311,7 @@ async def measure(folder: Path, steps: int, overrides: Sequence[str]) -> dict:
     warm_up = run_config(folder / "warm_up", "asynchronous", 2 * SYNC_EVERY, overrides)
     first = configs["synchronous"].model_copy(update={"run_dir": str(folder / "alone")})
     found: dict[str, Alone] = {}
-    async with Runtime(first.policy.ranks + 1, folder) as runtime:
+    async with Runtime(first.policy.ranks + 1, folder, LOOPBACK) as runtime:
         parts = Parts(runtime)
         await run(parts, warm_up, None)
         await run(parts, first, measure_alone(found))

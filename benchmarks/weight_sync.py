@@ -31,6 +31,7 @@ import torch.multiprocessing as multiprocessing
 
 from megatron_vespo.checkpoint.hf_config import read_architecture
 from megatron_vespo.config import EngineConfig, TrainConfig, WeightSyncConfig, load_config
+from megatron_vespo.interface import LOOPBACK
 from megatron_vespo.orchestration.policy_group import PolicyGroup
 from megatron_vespo.orchestration.runtime import Runtime
 from megatron_vespo.orchestration.weight_updater import SyncReport, WeightUpdater
@@ -155,7 +156,7 @@ def largest_process(pid: int) -> int:
 
 async def measure(arguments: argparse.Namespace, root: Path, stack: AsyncExitStack) -> dict:
     write_config(root, arguments.gb)
-    runtime = await stack.enter_async_context(Runtime(2, root / "run"))
+    runtime = await stack.enter_async_context(Runtime(2, root / "run", LOOPBACK))
     policy = PolicyGroup(2, runtime, 0)
     config = load_config(
         TrainConfig,
@@ -195,7 +196,7 @@ async def start_engine(root: Path, name: str, stack: AsyncExitStack) -> tuple[En
     )
     await asyncio.to_thread(server.start)
     stack.callback(server.stop)
-    client = EngineClient(server.url, name=name)
+    client = EngineClient(server.url, name=name, token=server.token)
     stack.push_async_callback(client.close)
     return client, server.pid
 

@@ -104,7 +104,7 @@ def test_a_signal_ends_everything(run, number, moment):
 
 @pytest.mark.parametrize(
     ("victim", "cause"),
-    [("PolicyRank", "error: policy rank"), ("megatron_vespo.rollout.serve", "error: engine: ")],
+    [("PolicyRank", "error: policy rank"), ("megatron_vespo.rollout.serve", "error: engine 0: ")],
 )
 def test_the_part_that_died_is_named_last(run, victim, cause):
     run.read_until("step 1/")

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import pytest
 
 from megatron_vespo.errors import RunError
+from megatron_vespo.interface import LOOPBACK
 from megatron_vespo.orchestration import policy_group
 from megatron_vespo.orchestration.policy_group import PolicyGroup, PolicyLost
 from megatron_vespo.orchestration.runtime import Runtime
@@ -24,7 +25,7 @@ def loop():
 
 @pytest.fixture(scope="module")
 def runtime(loop, tmp_path_factory):
-    runtime = Runtime(2 * RANKS, tmp_path_factory.mktemp("runtime"))
+    runtime = Runtime(2 * RANKS, tmp_path_factory.mktemp("runtime"), LOOPBACK)
     loop.run(runtime.__aenter__())
     yield runtime
     loop.run(runtime.__aexit__(None, None, None))

@@ -10,6 +10,7 @@ from held_weights import compared, weights_in
 
 from megatron_vespo.checkpoint.hf_config import read_architecture
 from megatron_vespo.config import TrainConfig, WeightSyncConfig, load_config
+from megatron_vespo.interface import LOOPBACK
 from megatron_vespo.orchestration.policy_group import PolicyGroup
 from megatron_vespo.orchestration.runtime import Runtime
 from megatron_vespo.orchestration.weight_updater import WeightUpdater
@@ -39,7 +40,7 @@ class Trainer:
         return WeightUpdater(self.policy, self._runtime.supervisor, config, engine_dtype="float32", backend="gloo")
 
     def client(self, server, name: str, ranks: int = 1, kind: type[EngineClient] = EngineClient) -> EngineClient:
-        client = kind(server.url, name=name, ranks=ranks, timeout_seconds=120)
+        client = kind(server.url, name=name, ranks=ranks, token=server.token, timeout_seconds=120)
         self._clients.append(client)
         return client
 
@@ -55,7 +56,7 @@ class Trainer:
 @contextmanager
 def running_trainer(folder: Path) -> Iterator[Trainer]:
     loop = asyncio.new_event_loop()
-    runtime = Runtime(2, folder)
+    runtime = Runtime(2, folder, LOOPBACK)
     loop.run_until_complete(runtime.__aenter__())
     trainer = None
     try:
