@@ -41,7 +41,6 @@ from megatron_vespo.rollout.client import EngineClient
 from megatron_vespo.rollout.server import EngineServer
 
 TRANSPORTS = ("shared_memory", "collective", "disk")
-LOOPBACK = "127.0.0.1"
 TIMEOUT = timedelta(seconds=600)
 HIDDEN, EXPERT_WIDTH, EXPERTS, VOCABULARY = 1024, 512, 16, 8192
 LAYER_BYTES = 4 * HIDDEN * (2 * 1024 + 2 * 256 + 3 * EXPERTS * EXPERT_WIDTH)
@@ -81,7 +80,7 @@ class Broadcast:
     """Three processes, this one among them, in a gloo group."""
 
     def __init__(self, bucket_bytes: int) -> None:
-        listener, context = listen(LOOPBACK), multiprocessing.get_context("spawn")
+        listener, context = listen(LOOPBACK.address), multiprocessing.get_context("spawn")
         port = port_of(listener)
         self._orders = [context.SimpleQueue() for _ in range(2)]
         self._processes = [
@@ -113,7 +112,7 @@ class Broadcast:
 
 
 def receive(rank: int, port: int, bucket_bytes: int, orders) -> None:
-    store = join_store(LOOPBACK, port, 3, TIMEOUT)
+    store = join_store(LOOPBACK.address, port, 3, TIMEOUT)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=3, timeout=TIMEOUT)
     bucket = torch.zeros(bucket_bytes, dtype=torch.uint8)
     while (sizes := orders.get()) is not None:

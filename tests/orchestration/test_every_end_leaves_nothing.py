@@ -34,7 +34,8 @@ class Run:
         settings = [
             *("examples/quickstart.yaml", f"model.path={base}", f"run_dir={folder}", "observability.console=plain"),
             *("data.max_prompt_tokens=128", "rollout.max_response_tokens=96", "evaluation.prompts=4"),
-            *("evaluation.exclude=[]", "algorithm.steps=4000", "policy.max_restarts=0", *overrides),
+            *("evaluation.exclude=[]", "algorithm.steps=4000", "policy.max_restarts=0"),
+            *("rollout.engine.max_restarts=0", *overrides),
         ]
         self.process = subprocess.Popen(
             [sys.executable, "-m", "megatron_vespo", "train", *settings],
