@@ -13,6 +13,8 @@ from megatron_vespo.observability.console import RunConsole
 from megatron_vespo.orchestration.training import loop_of
 from megatron_vespo.orchestration.training_run import Resume, run_training_loop
 
+pytestmark = pytest.mark.timeout(1800)  # processes are started again and again
+
 STEPS = 8
 SETTINGS = (
     *SHORT,
