@@ -48,7 +48,7 @@ class WeightUpdater:
         """That the engine holds, as far as this object brought it there."""
         self.cache_version: int | None = None
         """Oldest weights that may have computed what the engine's prefix cache holds; None: none but the current."""
-        self._connected = False
+        self._abandoned = False
         self._updating = False
         """An update was begun on the engine and not ended."""
         self._verified_once = False
@@ -78,12 +78,12 @@ class WeightUpdater:
         await self._supervisor.wait("connect trainer and engine for weights", joining, timeout)
         specs = await self._policy.on_all("list the tensors", lambda actor, _: actor.tensor_specs.remote())
         self._buckets = plan_buckets(specs[0], int(self._config.bucket_mb * 2**20))
-        self._connected = True
+        self._abandoned = False
 
     def abandon(self) -> None:
         """The trainer's processes are gone. Their group is taken apart on the engine, and another one built, by the next
         `sync`."""
-        self._connected = False
+        self._abandoned = True
 
     async def _reconnect(self) -> None:
         await self._supervisor.wait(
@@ -100,7 +100,7 @@ class WeightUpdater:
     async def disconnect(self) -> None:
         """Take the group apart, so that another can be built with the same engine and the same trainer processes."""
         leaving = [self._leave_on_engine()]
-        if self._connected:
+        if not self._abandoned:
             calling = self._policy.on_first("leave the weight group", lambda actor: actor.disconnect_engines.remote())
             leaving.append(calling)
         await self._supervisor.wait("part trainer and engine", all_of(*leaving), self._config.timeout_seconds)
@@ -116,7 +116,7 @@ class WeightUpdater:
         """
         clock, timeout = time.monotonic, self._config.timeout_seconds
         started = clock()
-        if not self._connected:
+        if self._abandoned:
             await self._reconnect()
         await self._supervisor.wait("send weights", self._send(weight_version), timeout)
         sent = clock()
