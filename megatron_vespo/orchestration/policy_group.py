@@ -73,6 +73,8 @@ class PolicyGroup:
         self._supervisor = runtime.supervisor
         self._options = actor_options(gpus_per_rank)
         self._recover: Callable[[PolicyLost], Awaitable[None]] | None = None
+        self.starts = 0
+        """How often processes were started: what was given to earlier ones is gone."""
         runtime.on_stop(PART, self.stop)
         self._start(ranks)
         self._watch()
@@ -82,6 +84,7 @@ class PolicyGroup:
             PolicyRank.options(**self._options).remote(rank)  # pyright: ignore[reportAttributeAccessIssue]
             for rank in range(ranks)
         ]
+        self.starts += 1
         self._holds = [actor.hold.remote() for actor in self.ranks]
 
     def _watch(self) -> None:

@@ -25,7 +25,7 @@ SETTINGS = (
     "checkpoint.save_every=3",
     "checkpoint.export_every=6",
     "evaluation.prompts=4",
-    "evaluation.every_steps=4",
+    "evaluation.every_steps=0",  # one on the way would interrupt responses wherever they are
     "observability.tensorboard=false",
 )
 KILL, STOP = signal.SIGKILL, signal.SIGSTOP
