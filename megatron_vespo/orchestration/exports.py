@@ -60,7 +60,8 @@ class Exports:
         """Whether it is written; `wait`: until it is. Or it never will be."""
         policy, seconds = self._session.policy, self._config.timeout_seconds
         if pending.start != policy.starts:  # a checkpoint of a later step was complete when the policy was lost
-            self._session.console.event(f"not exported, its weights are gone: {pending.folder}")
+            told = "exported" if pending.folder.exists() else "not exported, its weights are gone:"
+            self._session.console.event(f"{told} {pending.folder}")
             return True
         if not wait and not await policy.on_first("look at the export", lambda actor: actor.exported.remote()):
             return False
