@@ -13,6 +13,8 @@ class Pending:
 
     step: int
     folder: Path
+    start: int
+    """`PolicyGroup.starts` of the processes that write it."""
 
 
 class Exports:
@@ -33,7 +35,7 @@ class Exports:
         if every > 0 and step > 0 and step % every == 0 and not folder.exists():
             await self.settle(wait=True)
             await self._session.policy.retried(lambda: self._copy(folder))
-            self._pending = Pending(step, folder)
+            self._pending = Pending(step, folder, self._session.policy.starts)
 
     async def _copy(self, folder: Path) -> None:
         await self._session.policy.on_all(
@@ -43,28 +45,26 @@ class Exports:
         )
 
     async def begin_again(self, step: int) -> None:
-        if self._pending is None:
-            return
-        if self._pending.step == step:
+        if self._pending is not None and self._pending.step == step:
             await self._copy(self._pending.folder)
-        elif self._pending.step < step:  # a later checkpoint was complete before it
-            self._session.console.event(f"not exported, its weights are gone: {self._pending.folder}")
-            self._pending = None
+            self._pending.start = self._session.policy.starts
 
     async def settle(self, *, wait: bool) -> None:
         """See whether the export that is being written is complete; `wait`: until it is."""
-        if self._pending is None:
+        if (pending := self._pending) is None:
             return
-        if await self._session.policy.retried(lambda: self._written(wait)) and self._pending is not None:
-            self._session.console.event(f"exported {self._pending.folder}")
+        if await self._session.policy.retried(lambda: self._ended(pending, wait)):
             self._pending = None
 
-    async def _written(self, wait: bool) -> bool:
-        """Whether rank 0 has written it; `wait`: until it has."""
-        if self._pending is None:  # lost with the policy, between two tries
-            return False
+    async def _ended(self, pending: Pending, wait: bool) -> bool:
+        """Whether it is written; `wait`: until it is. Or it never will be."""
         policy, seconds = self._session.policy, self._config.timeout_seconds
+        if pending.start != policy.starts:  # a checkpoint of a later step was complete when the policy was lost
+            told = "exported" if pending.folder.exists() else "not exported, its weights are gone:"
+            self._session.console.event(f"{told} {pending.folder}")
+            return True
         if not wait and not await policy.on_first("look at the export", lambda actor: actor.exported.remote()):
             return False
         await policy.on_all("finish the export", lambda actor, _: actor.finish_export.remote(), seconds)
+        self._session.console.event(f"exported {pending.folder}")
         return True

@@ -76,6 +76,8 @@ class PolicyGroup:
         self._parts = str(runtime.parts)
         self.address = runtime.interface.address
         """Where rank 0 listens."""
+        self.starts = 0
+        """How often processes were started: what was given to earlier ones is gone."""
         runtime.on_stop(PART, self.stop)
         self._start(ranks)
         self._watch()
@@ -87,6 +89,7 @@ class PolicyGroup:
             )
             for rank in range(ranks)
         ]
+        self.starts += 1
         self._holds = [actor.hold.remote() for actor in self.ranks]
 
     def _watch(self) -> None:

@@ -158,6 +158,16 @@ def checkpoint_row(step: int) -> dict:
     return {"time/copy": 0.1, "time/written": 0.1 * step, "bytes": 3_000_000}
 
 
+def restart_row() -> dict:
+    return {
+        "part": "policy rank 1",
+        "cause": "its process died (killed, out of memory, or crashed)",
+        "checkpoint": 4,
+        "steps_again": 1,
+        "time/restart": 12.5,
+    }
+
+
 def evaluation_row(when: str, accuracy: float) -> dict:
     row = {"when": when, "accuracy": accuracy, "pass_at_k": accuracy, "k": 1, "prompts": 64}
     of_responses = {k: v for k, v in rollout_row(0).items() if k.startswith(("reward/", "response/"))}

@@ -9,6 +9,7 @@ from small_run import (
     evaluation_row,
     layers_of_step,
     mismatch_row,
+    restart_row,
     rollout_row,
     routes_of_rollout,
     routes_of_step,
@@ -40,6 +41,7 @@ def test_every_metric_of_a_row_is_documented_and_nothing_else():
         "sync": set(sync_row(0)),
         "evaluation": set(evaluation_row("before", 0.5)),
         "checkpoint": set(checkpoint_row(5)),
+        "restart": set(restart_row()),
         "phase": {"phase", "time/seconds"},
     }
 
