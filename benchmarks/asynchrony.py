@@ -67,7 +67,7 @@ SETTINGS = (
     "evaluation={prompts: 2}",
     "observability.tensorboard=false",
 )
-SYNC_EVERY = 4
+SYNC_EVERY = 8
 BOUNDS = {"synchronous": None, "one batch ahead": 2 * SYNC_EVERY - 1, "asynchronous": 4 * SYNC_EVERY}
 SHORT, LONG = 16, 144
 """Tokens of the responses whose difference tells the speed of decoding."""
@@ -106,12 +106,19 @@ class Alone:
     rates: Rates
 
 
-def run_config(folder: Path, mode: str, steps: int, overrides: Sequence[str]) -> TrainConfig:
+def run_config(folder: Path, mode: str, steps: int, update: str, overrides: Sequence[str]) -> TrainConfig:
     bound = BOUNDS[mode]
-    loop = f"algorithm.staleness={SYNC_EVERY}"
+    own = [
+        f"run_dir={folder / mode.replace(' ', '_')}",
+        f"algorithm.steps={steps}",
+        f"algorithm.staleness={SYNC_EVERY}",
+    ]
     if bound is not None:
-        loop = f"algorithm.asynchronous={{sync_every: {SYNC_EVERY}, max_staleness: {bound}, mismatch_every: 10000}}"
-    own = (f"run_dir={folder / mode.replace(' ', '_')}", f"algorithm.steps={steps}", loop)
+        settings = f"sync_every: {SYNC_EVERY}, max_staleness: {bound}, mismatch_every: 10000, update: {update}"
+        own += [
+            f"algorithm.asynchronous={{{settings}}}",
+            f"weight_sync.flush_cache={str(update != 'in_place').lower()}",
+        ]
     return load_config(TrainConfig, CONFIG, [*SETTINGS, *own, *overrides])
 
 
@@ -293,6 +300,7 @@ def workload_of(config: TrainConfig, max_staleness: int | None, prompts: list[Pr
         concurrent_groups=rollout.concurrent_groups,
         prompt_tokens=round(statistics.mean(len(prompt.token_ids) for prompt in prompts)),
         response_tokens=tokens,
+        update="abort" if algorithm.asynchronous is None else algorithm.asynchronous.update,
     )
 
 
@@ -345,9 +353,9 @@ def figures_of(found: RunFolder, config: TrainConfig, mode: str, alone: Alone) -
     }
 
 
-async def measure(folder: Path, steps: int, overrides: Sequence[str]) -> dict:
-    configs = {mode: run_config(folder, mode, steps, overrides) for mode in BOUNDS}
-    warm_up = run_config(folder / "warm_up", "asynchronous", 2 * SYNC_EVERY, overrides)
+async def measure(folder: Path, steps: int, update: str, overrides: Sequence[str]) -> dict:
+    configs = {mode: run_config(folder, mode, steps, update, overrides) for mode in BOUNDS}
+    warm_up = run_config(folder / "warm_up", "asynchronous", SYNC_EVERY, update, overrides)
     first = configs["synchronous"].model_copy(update={"run_dir": str(folder / "alone")})
     found: dict[str, Alone] = {}
     async with Runtime(first.policy.ranks + 1, folder) as runtime:
@@ -388,6 +396,7 @@ def table(figures: dict) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=64, help=f"a multiple of {SYNC_EVERY}")
+    parser.add_argument("--update", choices=("abort", "in_place", "wait"), default="abort")
     parser.add_argument("--out", type=Path, help="write the figures here, as JSON")
     parser.add_argument("overrides", nargs="*", help="settings of all runs, as key.path=value")
     options = parser.parse_args()
@@ -401,18 +410,16 @@ def main() -> None:
         "settings": [*SETTINGS, *options.overrides],
         "steps": options.steps,
         "sync_every": SYNC_EVERY,
+        "update": options.update,
     }
     with tempfile.TemporaryDirectory() as folder:
-        figures = about
-        run_interruptible(lambda: measure_into(figures, Path(folder), options.steps, options.overrides))
+        figures = about | run_interruptible(
+            lambda: measure(Path(folder), options.steps, options.update, options.overrides)
+        )
     print(table(figures))
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(figures, indent=1) + "\n")
-
-
-async def measure_into(figures: dict, folder: Path, steps: int, overrides: Sequence[str]) -> None:
-    figures |= await measure(folder, steps, overrides)
 
 
 if __name__ == "__main__":
