@@ -48,14 +48,17 @@ from megatron_vespo.rollout.response_lengths import drawn_length
 from megatron_vespo.rollout.trajectory import Group, Prompt
 
 CONFIG = "examples/quickstart.yaml"
+TASK = "{type: reasoning_gym, task: chain_sum, settings: {min_terms: 30, max_terms: 34, min_digits: 1, max_digits: 1}}"
 SETTINGS = (
+    "data.max_prompt_tokens=128",
+    f"data.sources=[{TASK}]",
     "rollout.group_size=8",
-    "rollout.max_response_tokens=400",
-    "rollout.response_length={median: 40, sigma: 1.0}",
+    "rollout.max_response_tokens=370",
+    "rollout.response_length={median: 20, sigma: 1.0}",
     "rollout.deterministic=false",
     "rollout.concurrent_groups=32",
     "algorithm.prompts_per_step=8",
-    # So that training takes about as long as generation: two more forward passes, and one again in the backward pass.
+    # So that training takes about as long as generation: long prompts, two more forward passes, recomputation.
     "algorithm.old_policy=proximal",
     "algorithm.objective.kl.coefficient=0.001",
     "policy.reference={}",
@@ -177,7 +180,7 @@ async def generate_alone(session: Session, prompts: list[Prompt], run_seed: int 
 
 
 async def measure_decoding(session: Session, prompts: list[Prompt]) -> tuple[list[tuple[int, float]], float]:
-    """Seconds of a decode iteration by running requests, and prompt tokens a second."""
+    """Seconds of a decode iteration by running requests, and prompt tokens a second, each prompt counted once."""
     rollout, client = session.config.rollout, session.sampler.client
     largest = rollout.concurrent_groups
     points, prefills = [], []
@@ -192,7 +195,7 @@ async def measure_decoding(session: Session, prompts: list[Prompt]) -> tuple[lis
         per_iteration = (min(seconds[LONG]) - min(seconds[SHORT])) / (LONG - SHORT)
         points.append((groups * samples, per_iteration))
         before = min(seconds[SHORT]) - SHORT * per_iteration
-        prefills.append(sum(len(p.token_ids) for p in prompts[:groups]) * samples / max(before, 1e-3))
+        prefills.append(sum(len(p.token_ids) for p in prompts[:groups]) / max(before, 1e-3))
     return points, prefills[-1]
 
 
@@ -315,8 +318,7 @@ def cluster_of(config: TrainConfig, alone: Alone) -> tuple[Cluster, float]:
     def cluster(slower: float, token_seconds: float, sync_seconds: float) -> Cluster:
         decode = DecodeSpeed(tuple((running, slower * seconds) for running, seconds in rates.decode))
         running = rollout.concurrent_groups * rollout.group_size
-        # The prefix cache is in the prefill rate, which was measured with it.
-        engine = EngineRates(decode, running, rates.prefill_tokens_per_second / slower, prefix_cache=False)
+        engine = EngineRates(decode, running, rates.prefill_tokens_per_second / slower)
         return Cluster(1, engine, TrainerRates(1 / token_seconds), sync_seconds)
 
     nobody_waits = replace(workload_of(config, 10**9, alone.prompts), sync_every=10**9)
