@@ -23,7 +23,6 @@ from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
-import numpy as np
 import psutil
 from rich.console import Console
 
@@ -50,14 +49,21 @@ from megatron_vespo.rollout.response_lengths import drawn_length
 from megatron_vespo.rollout.trajectory import Group, Prompt
 
 CONFIG = "examples/quickstart.yaml"
+TASK = "{type: reasoning_gym, task: chain_sum, settings: {min_terms: 30, max_terms: 34, min_digits: 1, max_digits: 1}}"
 SETTINGS = (
+    "data.max_prompt_tokens=128",
+    f"data.sources=[{TASK}]",
     "rollout.group_size=8",
-    "rollout.max_response_tokens=400",
-    "rollout.response_length={median: 40, sigma: 1.0}",
+    "rollout.max_response_tokens=370",
+    "rollout.response_length={median: 20, sigma: 1.0}",
     "rollout.deterministic=false",
-    "rollout.concurrent_groups=12",
+    "rollout.concurrent_groups=32",
     "algorithm.prompts_per_step=8",
+    # So that training takes about as long as generation: long prompts, two more forward passes, recomputation.
     "algorithm.old_policy=proximal",
+    "algorithm.objective.kl.coefficient=0.001",
+    "policy.reference={}",
+    "policy.recompute.granularity=full",
     "policy.ranks=1",
     "policy.layout={}",
     "weight_sync.verify_every=1000",
@@ -65,7 +71,7 @@ SETTINGS = (
     "evaluation={prompts: 2}",
     "observability.tensorboard=false",
 )
-SYNC_EVERY = 4
+SYNC_EVERY = 8
 BOUNDS = {"synchronous": None, "one batch ahead": 2 * SYNC_EVERY - 1, "asynchronous": 4 * SYNC_EVERY}
 SHORT, LONG = 16, 144
 """Tokens of the responses whose difference tells the speed of decoding."""
@@ -78,13 +84,12 @@ class Rates:
     Attributes:
         decode: (running requests, seconds of a decode iteration).
         prefill_tokens_per_second: of the engine.
-        step_seconds, token_seconds: a step takes the one and, for each token, the other.
+        token_seconds: of a step, for each of its tokens.
         sync_seconds: a weight update of an engine that does nothing.
     """
 
     decode: list[tuple[int, float]]
     prefill_tokens_per_second: float
-    step_seconds: float
     token_seconds: float
     sync_seconds: float
 
@@ -95,44 +100,61 @@ class Alone:
 
     Attributes:
         generation, training: seconds.
-        prompt_tokens: of each group.
+        cpu: of each, CPU seconds by role.
     """
 
     generation: float
     training: float
+    cpu: dict[str, dict[str, float]]
     prompts: list[Prompt]
     rates: Rates
 
 
-def run_config(folder: Path, mode: str, steps: int, overrides: Sequence[str]) -> TrainConfig:
+def run_config(folder: Path, mode: str, steps: int, update: str, overrides: Sequence[str]) -> TrainConfig:
     bound = BOUNDS[mode]
-    loop = f"algorithm.staleness={SYNC_EVERY}"
+    own = [
+        f"run_dir={folder / mode.replace(' ', '_')}",
+        f"algorithm.steps={steps}",
+        f"algorithm.staleness={SYNC_EVERY}",
+    ]
     if bound is not None:
-        loop = f"algorithm.asynchronous={{sync_every: {SYNC_EVERY}, max_staleness: {bound}, mismatch_every: 10000}}"
-    own = (f"run_dir={folder / mode.replace(' ', '_')}", f"algorithm.steps={steps}", loop)
+        settings = f"sync_every: {SYNC_EVERY}, max_staleness: {bound}, mismatch_every: 10000, update: {update}"
+        own += [
+            f"algorithm.asynchronous={{{settings}}}",
+            f"weight_sync.flush_cache={str(update != 'in_place').lower()}",
+        ]
     return load_config(TrainConfig, CONFIG, [*SETTINGS, *own, *overrides])
 
 
-def pin_processes() -> dict[str, int | None]:
-    """The engine's processes to the first core, the trainer's to the second, threads and all. Gives processes by role."""
+def pin_processes() -> None:
+    """The engine's processes to the first core, the trainer's to the second, threads and all."""
     generation, training, *_ = sorted(os.sched_getaffinity(0))
-    children = psutil.Process().children(recursive=True)
-    roles = {child.pid: role_of(child) for child in children}
-    for child in children:
-        if child.ppid() in roles and roles[child.ppid()] == "engine":  # the server of the engine's actor, and below
-            roles[child.pid] = "engine"
-    for pid, role in roles.items():
-        if role in ("engine", "trainer"):
-            for thread in Path(f"/proc/{pid}/task").iterdir():
+    for role, processes in processes_by_role().items():
+        for process in processes if role in ("engine", "trainer") else ():
+            for thread in Path(f"/proc/{process.pid}/task").iterdir():
                 os.sched_setaffinity(int(thread.name), {generation if role == "engine" else training})
-    return dict(Counter(roles.values()))
 
 
-def role_of(process: psutil.Process) -> str:
-    line = " ".join(process.cmdline())
-    if "ray::EngineActor" in line or "sglang" in line or "megatron_vespo.rollout" in line:
-        return "engine"
-    return "trainer" if "ray::PolicyRank" in line else "other"
+def processes_by_role() -> dict[str, list[psutil.Process]]:
+    """This one is the driver; "other" is Ray's own and the graders."""
+    found = {"engine": [], "trainer": [], "driver": [psutil.Process()], "other": []}
+    for child in psutil.Process().children(recursive=True):
+        line = " ".join(child.cmdline())
+        engine = "ray::EngineActor" in line or "sglang" in line or "megatron_vespo.rollout" in line
+        found["engine" if engine else "trainer" if "ray::PolicyRank" in line else "other"].append(child)
+    return found
+
+
+def cpu_seconds() -> dict[str, float]:
+    """That each role has used so far."""
+    return {
+        role: sum(sum(process.cpu_times()[:2]) for process in processes)
+        for role, processes in processes_by_role().items()
+    }
+
+
+def used_since(before: dict[str, float]) -> dict[str, float]:
+    return {role: round(seconds - before[role], 2) for role, seconds in cpu_seconds().items()}
 
 
 async def generate_alone(session: Session, prompts: list[Prompt], run_seed: int | None = None, **changes) -> float:
@@ -159,7 +181,7 @@ async def generate_alone(session: Session, prompts: list[Prompt], run_seed: int 
 
 
 async def measure_decoding(session: Session, prompts: list[Prompt]) -> tuple[list[tuple[int, float]], float]:
-    """Seconds of a decode iteration by running requests, and prompt tokens a second."""
+    """Seconds of a decode iteration by running requests, and prompt tokens a second, each prompt counted once."""
     rollout, client = session.config.rollout, session.sampler.client
     largest = rollout.concurrent_groups
     points, prefills = [], []
@@ -174,18 +196,18 @@ async def measure_decoding(session: Session, prompts: list[Prompt]) -> tuple[lis
         per_iteration = (min(seconds[LONG]) - min(seconds[SHORT])) / (LONG - SHORT)
         points.append((groups * samples, per_iteration))
         before = min(seconds[SHORT]) - SHORT * per_iteration
-        prefills.append(sum(len(p.token_ids) for p in prompts[:groups]) * samples / max(before, 1e-3))
+        prefills.append(sum(len(p.token_ids) for p in prompts[:groups]) / max(before, 1e-3))
     return points, prefills[-1]
 
 
-async def train_alone(session: Session, groups: list[Group], steps: int) -> tuple[float, list, list[float]]:
+async def train_alone(session: Session, groups: list[Group], steps: int) -> tuple[float, int, list[float]]:
     """All steps on groups in order, with weight updates of an idle engine between, which are timed apart.
 
     Returns:
-        Seconds without the updates; (tokens, seconds) of each step; seconds of each update.
+        Seconds without the updates; tokens; seconds of each update.
     """
     algorithm, progress = session.config.algorithm, session.progress
-    done, updates = [], []
+    training, tokens, updates = 0.0, 0, []
     for step in range(steps):
         started = time.monotonic()
         chosen = groups[step * algorithm.prompts_per_step :][: algorithm.prompts_per_step]
@@ -196,13 +218,13 @@ async def train_alone(session: Session, groups: list[Group], steps: int) -> tupl
         shape_rewards(chosen, algorithm, session.config.rollout.max_response_tokens)
         assign_advantages(chosen, algorithm.advantage)
         await train_step(session, trajectories)
-        tokens = sum(len(t.prompt.token_ids) + len(t.response_ids) for t in trajectories)
-        done.append((tokens, time.monotonic() - started))
+        tokens += sum(len(t.prompt.token_ids) + len(t.response_ids) for t in trajectories)
+        training += time.monotonic() - started
         if progress.step % SYNC_EVERY == 0 and progress.step < steps:
             started = time.monotonic()
             await sync_weights(session)
             updates.append(time.monotonic() - started)
-    return sum(seconds for _, seconds in done), done, updates
+    return training, tokens, updates
 
 
 def measure_alone(found: dict[str, Alone]) -> Loop:
@@ -213,36 +235,43 @@ def measure_alone(found: dict[str, Alone]) -> Loop:
         prompts = session.prompts.take(algorithm.steps * algorithm.prompts_per_step)
         await generate_alone(session, prompts[: 2 * session.config.rollout.concurrent_groups])  # warms up
         await session.sampler.client.flush_cache()
+        cpu, before = {}, cpu_seconds()
         generation = await generate_alone(session, prompts)
+        cpu["generation"] = used_since(before)
         groups = [Group(prompt, step) for prompt, step in zip(prompts, session.progress.mini_batches, strict=True)]
         decode, prefill = await measure_decoding(session, prompts)
         session.progress.mini_batches = []
         await train_alone(session, groups[: 2 * algorithm.prompts_per_step], 2)  # warms up
         session.progress.step = 0
-        training, steps, updates = await train_alone(session, groups, algorithm.steps)
-        token_seconds, step_seconds = np.polyfit([t for t, _ in steps], [s for _, s in steps], 1)
-        rates = Rates(decode, prefill, float(step_seconds), float(token_seconds), statistics.median(updates))
-        found["alone"] = Alone(generation, training, prompts, rates)
+        before = cpu_seconds()
+        training, tokens, updates = await train_alone(session, groups, algorithm.steps)
+        cpu["training"] = used_since(before)
+        rates = Rates(decode, prefill, training / tokens, statistics.median(updates))
+        found["alone"] = Alone(generation, training, cpu, prompts, rates)
 
     return loop
 
 
-async def run(parts: Parts, config: TrainConfig, loop: Loop | None) -> RunFolder:
+async def run(parts: Parts, config: TrainConfig, loop: Loop) -> RunFolder:
     folder, name = create_run_folder(config, config.run_dir, True, 0), Path(config.run_dir).name
     with ExitStack() as stack:
         log = Console(file=stack.enter_context((folder / "console.log").open("w")), highlight=False)
         console = stack.enter_context(RunConsole(name, config.algorithm.steps, SYNC_EVERY, "plain", log))
         record = stack.enter_context(recorded(config, folder, console, time.monotonic()))
-        await run_once(parts, config, prepare_training(config), record, console, loop or pinned(loop_of(config)))
+        await run_once(parts, config, prepare_training(config), record, console, loop)
     return read_run(config.run_dir)
 
 
-def pinned(loop: Loop) -> Loop:
-    async def pin_and_run(session: Session) -> None:
-        pin_processes()
-        await loop(session)
+def measured(config: TrainConfig, cpu: dict[str, float]) -> Loop:
+    """The run's own loop, on pinned processes; `cpu` gets the CPU seconds by role."""
 
-    return pin_and_run
+    async def loop(session: Session) -> None:
+        pin_processes()
+        before = cpu_seconds()
+        await loop_of(config)(session)
+        cpu.update(used_since(before))
+
+    return loop
 
 
 def seconds_of_loop(found: RunFolder) -> float:
@@ -257,33 +286,54 @@ def staleness_of(found: RunFolder) -> dict[int, int]:
     return dict(sorted(Counter(int(age) for row in rows for age in row["age"]).items()))
 
 
-def predict(config: TrainConfig, mode: str, alone: Alone) -> dict:
-    """Of the simulation."""
-    rates, rollout, algorithm = alone.rates, config.rollout, config.algorithm
+def workload_of(config: TrainConfig, max_staleness: int | None, prompts: list[Prompt]) -> Workload:
+    """What the simulation runs: the same prompts with the same lengths."""
+    rollout, algorithm = config.rollout, config.algorithm
     lengths, limit = rollout.response_length, rollout.max_response_tokens
     assert lengths is not None
-    engine = EngineRates(
-        DecodeSpeed(tuple(rates.decode)),
-        max_running=rollout.concurrent_groups * rollout.group_size,
-        prefill_tokens_per_second=rates.prefill_tokens_per_second,
-        prefix_cache=False,
-    )
-    trainer = TrainerRates(1 / rates.token_seconds, rates.step_seconds)
-    workload = Workload(
+
+    def tokens(group: int, sample: int) -> int:
+        return min(limit, drawn_length(lengths, config.seed, prompts[group].identity, sample))
+
+    return Workload(
         steps=algorithm.steps,
         groups_per_step=algorithm.prompts_per_step,
         group_size=rollout.group_size,
         sync_every=SYNC_EVERY,
-        max_staleness=BOUNDS[mode],
+        max_staleness=max_staleness,
         concurrent_groups=rollout.concurrent_groups,
-        prompt_tokens=round(statistics.mean(len(prompt.token_ids) for prompt in alone.prompts)),
-        response_tokens=lambda group, sample: min(
-            limit, drawn_length(lengths, config.seed, alone.prompts[group].identity, sample)
-        ),
+        prompt_tokens=round(statistics.mean(len(prompt.token_ids) for prompt in prompts)),
+        response_tokens=tokens,
+        update="abort" if algorithm.asynchronous is None else algorithm.asynchronous.update,
     )
-    outcome = simulate(Cluster(1, engine, trainer, rates.sync_seconds), workload)
+
+
+def cluster_of(config: TrainConfig, alone: Alone) -> tuple[Cluster, float]:
+    """The measured rates, and by what the engine's were multiplied.
+
+    Decoding at fixed numbers of requests tells how the engine's speed changes with them; how fast it is while requests
+    come and go, generation of the whole work alone tells.
+    """
+    rates, rollout = alone.rates, config.rollout
+
+    def cluster(slower: float, token_seconds: float, sync_seconds: float) -> Cluster:
+        decode = DecodeSpeed(tuple((running, slower * seconds) for running, seconds in rates.decode))
+        running = rollout.concurrent_groups * rollout.group_size
+        engine = EngineRates(decode, running, rates.prefill_tokens_per_second / slower)
+        return Cluster(1, engine, TrainerRates(1 / token_seconds), sync_seconds)
+
+    nobody_waits = replace(workload_of(config, 10**9, alone.prompts), sync_every=10**9)
+    slower = alone.generation / simulate(cluster(1.0, 1e-12, 0.0), nobody_waits).seconds
+    return cluster(slower, rates.token_seconds, rates.sync_seconds), slower
+
+
+def predict(config: TrainConfig, mode: str, alone: Alone) -> dict:
+    """Of the simulation."""
+    cluster, slower = cluster_of(config, alone)
+    outcome = simulate(cluster, workload_of(config, BOUNDS[mode], alone.prompts))
     return {
         "seconds": round(outcome.seconds, 1),
+        "engine_rates_divided_by": round(slower, 3),
         "staleness": dict(sorted(outcome.staleness.items())),
         "updates_mid_generation": outcome.updates_mid_generation,
     }
@@ -306,26 +356,28 @@ def figures_of(found: RunFolder, config: TrainConfig, mode: str, alone: Alone) -
     }
 
 
-async def measure(folder: Path, steps: int, overrides: Sequence[str]) -> dict:
-    configs = {mode: run_config(folder, mode, steps, overrides) for mode in BOUNDS}
-    warm_up = run_config(folder / "warm_up", "asynchronous", 2 * SYNC_EVERY, overrides)
+async def measure(folder: Path, steps: int, update: str, overrides: Sequence[str]) -> dict:
+    configs = {mode: run_config(folder, mode, steps, update, overrides) for mode in BOUNDS}
+    warm_up = run_config(folder / "warm_up", "asynchronous", SYNC_EVERY, update, overrides)
     first = configs["synchronous"].model_copy(update={"run_dir": str(folder / "alone")})
     found: dict[str, Alone] = {}
     async with Runtime(first.policy.ranks + 1, folder, LOOPBACK) as runtime:
         parts = Parts(runtime)
-        await run(parts, warm_up, None)
+        await run(parts, warm_up, measured(warm_up, {}))
         await run(parts, first, measure_alone(found))
         alone = found["alone"]
         print(f"alone: generation {alone.generation:.1f} s, training {alone.training:.1f} s, {alone.rates}", flush=True)
+        print(f"CPU seconds: {alone.cpu}", flush=True)
         runs = {}
         for mode, config in configs.items():
-            runs[mode] = figures_of(await run(parts, config, None), config, mode, alone)
+            cpu: dict[str, float] = {}
+            found_run = await run(parts, config, measured(config, cpu))
+            runs[mode] = figures_of(found_run, config, mode, alone) | {"cpu_seconds": cpu}
             print(mode, runs[mode], flush=True)
-        processes = pin_processes()
     return {
-        "processes": processes,
         "generation_alone_seconds": round(alone.generation, 1),
         "training_alone_seconds": round(alone.training, 1),
+        "cpu_seconds_alone": alone.cpu,
         "rates": asdict(alone.rates),
         "runs": runs,
     }
@@ -346,7 +398,8 @@ def table(figures: dict) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=40, help=f"a multiple of {SYNC_EVERY}")
+    parser.add_argument("--steps", type=int, default=64, help=f"a multiple of {SYNC_EVERY}")
+    parser.add_argument("--update", choices=("abort", "in_place", "wait"), default="abort")
     parser.add_argument("--out", type=Path, help="write the figures here, as JSON")
     parser.add_argument("overrides", nargs="*", help="settings of all runs, as key.path=value")
     options = parser.parse_args()
@@ -360,18 +413,16 @@ def main() -> None:
         "settings": [*SETTINGS, *options.overrides],
         "steps": options.steps,
         "sync_every": SYNC_EVERY,
+        "update": options.update,
     }
     with tempfile.TemporaryDirectory() as folder:
-        figures = about
-        run_interruptible(lambda: measure_into(figures, Path(folder), options.steps, options.overrides))
+        figures = about | run_interruptible(
+            lambda: measure(Path(folder), options.steps, options.update, options.overrides)
+        )
     print(table(figures))
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(figures, indent=1) + "\n")
-
-
-async def measure_into(figures: dict, folder: Path, steps: int, overrides: Sequence[str]) -> None:
-    figures |= await measure(folder, steps, overrides)
 
 
 if __name__ == "__main__":

@@ -76,7 +76,7 @@ class ResponseLengthConfig(Section):
 
     median: PositiveFloat
     """Tokens."""
-    sigma: float = Field(default=1.0, ge=0)
+    sigma: float = Field(default=1.0, ge=0, le=10)
     """Standard deviation of the length's natural logarithm; 0: all are of one length."""
 
 

@@ -71,18 +71,21 @@ class SimulatedEngine:
         self._plan_next()
 
     def resume(self, weight_version: int, *, compute_again: bool) -> None:
-        """With new weights. `compute_again`: what ran was aborted, and its prefix must be computed."""
+        """With new weights. `compute_again`: what ran was aborted, and its prefixes must be computed."""
         self._advance()
         self._stands_still_until = self._clock.now
         self.weight_version = weight_version
         if compute_again:
-            prefixes = sum(
-                request.prompt_tokens + request.response_tokens - (end - self._count)
-                for end, _, request in self._running
-            )
-            self._stands_still_until += prefixes / self._rates.prefill_tokens_per_second
+            self._stands_still_until += self._prefixes() / self._rates.prefill_tokens_per_second
         self._admit()
         self._plan_next()
+
+    def _prefixes(self) -> float:
+        """Tokens of what runs, prompts and responses so far."""
+        sampled = sum(request.response_tokens - (end - self._count) for end, _, request in self._running)
+        prompts = [(request.group, request.prompt_tokens) for _, _, request in self._running]
+        shared = set(prompts) if self._rates.prefix_cache else prompts
+        return sampled + sum(tokens for _, tokens in shared)
 
     def _advance(self) -> None:
         now, begun = self._clock.now, max(self._since, self._stands_still_until)

@@ -107,6 +107,12 @@ def test_each_position_has_the_route_of_the_segment_that_sampled_its_token(run):
         assert t.engine_routes.weight_versions.tolist() == [*prompt, *of_token]
 
 
+def test_drawn_lengths_are_those_of_training_and_not_of_evaluations(run):
+    """The model itself ends its responses after 10 tokens or so."""
+    assert max(row["response/length_max"] for row in rows(run[0], "rollout")) == 300
+    assert all(row["response/length_max"] < 200 for row in rows(run[0], "evaluation"))
+
+
 def test_engine_and_trainer_are_compared_at_equal_weights(run):
     measured = rows(run[0], "mismatch")
     assert len(measured) >= 2
