@@ -30,15 +30,16 @@ class Engine:
         return [{}]
 
 
-class Trainer:
-    answers = {
-        "plan the sync": [[]],
-        "gather and send weights": [SendTimes(gather=0, wait=0)],
-        "checksum the trainer's weights": [[{}]],
-    }
+ANSWERS = {
+    "plan the sync": [[]],
+    "gather and send weights": [SendTimes(gather=0, wait=0)],
+    "checksum the trainer's weights": [[{}]],
+}
 
+
+class Trainer:
     async def on_all(self, what, call, seconds=None):
-        return self.answers[what]
+        return ANSWERS[what]
 
     async def on_first(self, what, call, seconds=None): ...
 
