@@ -37,6 +37,7 @@ class PolicyRank:
         self._gathering: Any = None
         self._buckets: list[Bucket] = []
         self._on_one_host = False
+        self._slots: list[Any] = []
         self._policy: Any = None
         self._saving: Any = None
         self._exporting: Any = None
@@ -147,7 +148,7 @@ class PolicyRank:
 
         from megatron_vespo.weights.buckets import plan_buckets, specs_of
 
-        self._gathering = None
+        self._gathering, self._slots = None, []
         plan = [plan_buckets(specs_of(self._tensors(bucket_bytes // PIECES_OF_A_BUCKET)), bucket_bytes)]
         dist.broadcast_object_list(plan, src=0)
         self._buckets = plan[0]
@@ -161,7 +162,7 @@ class PolicyRank:
 
         if self._on_one_host and not next(self._policy.model[0].parameters()).is_cuda:
             self._policy.settle_parameters()
-            return Placed(self._buckets, self._gathering.own_parts())
+            return Placed(self._buckets, self._gathering.own_parts(), self._slots)
         return Gathered(self._tensors())
 
     def open_sender(self, transport: str, groups: list[str], disk: DiskSyncConfig) -> list[int]:

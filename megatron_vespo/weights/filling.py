@@ -1,9 +1,11 @@
 """How the trainer's ranks together fill a bucket."""
 
+import operator
 import pickle
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from itertools import chain
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -64,17 +66,24 @@ class Gathered(Filling):
 class Placed(Filling):
     """All ranks are on one host and on CPU: each puts what it holds into the shared bucket, and nothing is sent."""
 
-    def __init__(self, buckets: Sequence[Bucket], parts: Iterator[Part]) -> None:
-        """`parts`: what this rank holds, in the order of the buckets' tensors."""
+    def __init__(self, buckets: Sequence[Bucket], parts: Iterator[Part], opened: list[torch.Tensor]) -> None:
+        """
+        Args:
+            parts: what this rank holds, in the order of the buckets' tensors.
+            opened: the slots that this rank knows; kept by the caller from sync to sync, empty at first. Opening memory anew
+                takes as long as writing to it.
+        """
         self._buckets = buckets
         self._parts = parts
+        self._opened = opened
         self._order = torch.zeros(1, dtype=torch.int64)
 
     def begin(self, slots: Sequence[torch.Tensor]) -> None:
-        handles = [[pickled(Shared(slot)) for slot in slots] for _ in range(dist.get_world_size())]
-        dist.broadcast_object_list(handles, src=0)
-        for handle in handles[0]:
-            pickle.loads(handle)  # this rank's own use, which was announced with the others'
+        known = len(slots) == len(self._opened) and all(map(operator.is_, slots, self._opened))
+        others = range(1, dist.get_world_size())
+        told = [None if known else {rank: [pickled(Shared(slot)) for slot in slots] for rank in others}]
+        dist.broadcast_object_list(told, src=0)
+        self._opened[:] = slots
 
     def fill(self, index: int, bucket: Bucket, slots: Sequence[torch.Tensor]) -> None:
         self._tell(index)
@@ -86,11 +95,12 @@ class Placed(Filling):
             require_end((name, tensor) for name, _, tensor in self._parts)
 
     def follow(self) -> None:
-        handles: list = [None] * dist.get_world_size()
-        dist.broadcast_object_list(handles, src=0)
-        slots = [pickle.loads(handle) for handle in handles[dist.get_rank()]]
+        told: list[Any] = [None]
+        dist.broadcast_object_list(told, src=0)
+        if told[0] is not None:
+            self._opened[:] = [pickle.loads(handle) for handle in told[0][dist.get_rank()]]
         while (index := self._told()) < len(self._buckets):
-            self._place(self._buckets[index], slots[index % len(slots)])
+            self._place(self._buckets[index], self._opened[index % len(self._opened)])
 
     def _place(self, bucket: Bucket, slot: torch.Tensor) -> None:
         places = {spec.name: tensor for spec, tensor in tensors_in(bucket, slot[: bucket.num_bytes])}

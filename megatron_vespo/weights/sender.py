@@ -44,6 +44,7 @@ class Sender(ABC):
         self._filled = self._released = 0
         self._abandoned = False
         self._failure: BaseException | None = None
+        self._slots: list[torch.Tensor] = []
 
     def send(self, filling: Filling, weight_version: int, since: int | None) -> SendTimes:
         """Bring all weights on their way, bucket by bucket; returns once every bucket was released, or after `abandon`.
@@ -57,7 +58,7 @@ class Sender(ABC):
         self._failure, complete = None, False
         waited, started, largest = 0.0, time.monotonic(), max(bucket.num_bytes for bucket in self.buckets)
         try:
-            slots = [new_slot(largest, self.device) for _ in range(SLOTS)]
+            self._slots = slots = self._slots or [new_slot(largest, self.device) for _ in range(SLOTS)]
             filling.begin(slots)
             for index, bucket in enumerate(self.buckets):
                 waiting = time.monotonic()
@@ -77,6 +78,8 @@ class Sender(ABC):
         finally:
             filling.finish(complete)
         self._wait(lambda: self._released == len(self.buckets))
+        if self.device.type == "cuda":  # elsewhere the first use of memory costs as much as filling it
+            self._slots = []
         with self._changed:  # now, for `take` may be called before the next sending begins
             self._filled = self._released = 0
         return SendTimes(gathered - started - waited, waited)
