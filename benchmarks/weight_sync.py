@@ -179,7 +179,7 @@ async def measure(arguments: argparse.Namespace, root: Path, stack: AsyncExitSta
     pids = {f"trainer rank {rank}": pid for rank, pid in enumerate(actors)}
     pids |= {name: largest_process(pid) for name, (_, pid) in zip(("engine 0", "engine 1"), clients, strict=True)}
     setup = Setup([client for client, _ in clients], broadcast, pids, [*family, *actors], arguments)
-    return {name: await one_transport(updater(name), setup) for name in TRANSPORTS}
+    return {name: await one_transport(updater(name), setup) for name in arguments.transports}
 
 
 async def start_engine(root: Path, name: str, stack: AsyncExitStack) -> tuple[EngineClient, int]:
@@ -265,6 +265,7 @@ def main() -> None:
     parser.add_argument("--gb", type=float, default=1.0, help="10^9 bytes of weights, at least")
     parser.add_argument("--bucket-mb", type=float, default=128.0)
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--transports", nargs="+", choices=TRANSPORTS, default=TRANSPORTS)
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")

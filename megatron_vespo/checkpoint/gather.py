@@ -15,7 +15,7 @@ from torch.nn import Parameter
 from megatron_vespo.checkpoint.forms import split, unshard
 from megatron_vespo.checkpoint.hf_config import Architecture
 from megatron_vespo.checkpoint.local_parameters import Share, local_parameters, share_of
-from megatron_vespo.checkpoint.mapping import Place, Shape
+from megatron_vespo.checkpoint.mapping import Cut, Place, Shape, Sharding
 from megatron_vespo.checkpoint.tables import table_of
 
 Shard = tuple[str, int]
@@ -94,6 +94,19 @@ class GatherPlan:
         for piece in self._pieces:
             yield from _gather_piece(piece, self._shares, held, self._architecture)
 
+    @torch.no_grad()
+    def own_parts(self) -> Iterator[tuple[str, Cut, Tensor]]:
+        """What this rank has to give of the whole: (name, where in that tensor, numbers), in the order of `tensors`.
+
+        All ranks together yield every number once. Not collective.
+        """
+        for places, senders in self._pieces:
+            entries = {place.name: place for place in places}
+            for (name, index), rank in senders.items():
+                if rank == dist.get_rank():
+                    held = self._parameters[name, index].detach()
+                    yield from _parts_of(entries[name], held, index, self._shares, self._architecture)
+
     def _require_alike(self, held: dict[Shard, Tensor]) -> None:
         """Raises RuntimeError on every rank if any one's values are not alike, or not of their parameters' shape."""
         problems = [
@@ -108,6 +121,21 @@ class GatherPlan:
             problems.append(f"tensors of one dtype can be gathered, not of {', '.join(sorted(dtypes))}")
         if problems:
             raise RuntimeError("\n".join(problems))
+
+
+def _parts_of(
+    place: Place, held: Tensor, index: int, shares: list[Share], architecture: Architecture
+) -> Iterator[tuple[str, Cut, Tensor]]:
+    """Hugging Face tensors of shard `index` of a place, and where each of them lies in the full one."""
+    entry, size = place.entry, _number_of_shards(place, shares)
+    if entry.sharding is Sharding.VOCABULARY:
+        first, rows = index * len(held), entry.megatron_shape[0]
+        last = min(first + len(held), rows)
+        if first < rows:
+            yield place.hf_names[0], (slice(first, last),), held[: last - first]
+        return
+    parts = split(entry.of_one_rank(size), held, architecture)
+    yield from zip(place.hf_names, entry.cuts(index, size), parts, strict=True)
 
 
 def _cut(places: Iterator[Place], piece_elements: int | None) -> Iterator[list[Place]]:

@@ -129,7 +129,8 @@ class DiskSyncConfig(Section):
 class WeightSyncConfig(Section):
     bucket_mb: PositiveFloat = 512.0
     """Tensors are flattened into buckets of about this size (MiB); a tensor that is larger has a bucket of its own.
-    A sync takes up to two buckets of memory in each process: one is gathered while the one before is sent."""
+    A sync takes up to two buckets of memory in each process: one is filled while the one before is sent. On CPU the
+    trainer keeps them between syncs, in shared memory."""
     transport: Literal["auto", "collective", "shared_memory", "disk"] = "auto"
     """`collective`: broadcast (NCCL on CUDA, gloo elsewhere), also across hosts. `shared_memory`: engines copy from the
     trainer's memory, on the same host; on CUDA only engines that see the trainer's GPU. `disk`: through `disk.folder`.

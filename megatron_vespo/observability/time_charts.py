@@ -95,13 +95,16 @@ def _part_rows(run: RunFolder, name: str, whole: float) -> str:
         parts = [(f"{row.get('phase')}", row.get("time/seconds") or 0.0) for row in run.kind("phase")]
     elif name == "sync weights":
         rows = run.kind("sync")
-        keys = sorted({key for row in rows for key in row if key.startswith("time/") and key != "time/sync"})
-        parts = [(key.removeprefix("time/"), sum(value or 0.0 for value in column(rows, key))) for key in keys]
+        parts = [(part, sum(value or 0.0 for value in column(rows, f"time/{part}"))) for part in SYNC_PARTS]
     return "".join(
         f'<tr class="part"><th>{escape(part)}</th>{_seconds_cells(seconds, whole)}</tr>'
         for part, seconds in parts
         if seconds
     )
+
+
+SYNC_PARTS = ("connect", "send", "flush", "verify")
+"""One after the other; gathering and loading are within sending."""
 
 
 def _union_seconds(rows: Rows) -> float:

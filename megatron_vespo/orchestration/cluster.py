@@ -64,6 +64,8 @@ class LocalCluster:
                 # Ray opens its folder, with its sockets, to every user of the host; the one around it stays closed.
                 _temp_dir=str(self._folder / SESSIONS),
                 _node_ip_address=LOOPBACK.address,
+                # Else Ray's processes, the trainer among them, yield the processor to the engines.
+                _system_config={"worker_niceness": 0},
             )
         signal.signal(signal.SIGTERM, handler)
 

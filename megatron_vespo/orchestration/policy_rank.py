@@ -17,10 +17,13 @@ from megatron_vespo.weights.buckets import Bucket
 
 if TYPE_CHECKING:  # Megatron is imported in the actor alone
     from megatron_vespo.policy.schedule import LossFunction
+    from megatron_vespo.weights.filling import Filling
     from megatron_vespo.weights.sender import SendTimes
 
 PIECES_OF_A_BUCKET = 8
 """What rank 0 receives from others at once is so small a part of a bucket."""
+BOOT_ID = "/proc/sys/kernel/random/boot_id"
+"""Of the host, the same in all its containers."""
 
 
 CONCURRENT = {"sentinel": 1, "answer": 1, "weights": 2}
@@ -40,6 +43,8 @@ class PolicyRank:
         self._sender: Any = None
         self._gathering: Any = None
         self._buckets: list[Bucket] = []
+        self._on_one_host = False
+        self._slots: list[Any] = []
         self._policy: Any = None
         self._saving: Any = None
         self._exporting: Any = None
@@ -145,12 +150,27 @@ class PolicyRank:
         return self._gathering.tensors()
 
     def plan_sync(self, bucket_bytes: int) -> list[Bucket]:
-        """All ranks. Rank 0 returns into which buckets the tensors go; they are gathered in pieces of a part of one."""
+        """All ranks: into which buckets the tensors go. They are gathered in pieces of a part of one."""
+        import torch.distributed as dist
+
         from megatron_vespo.weights.buckets import plan_buckets, specs_of
 
-        self._gathering = None
-        self._buckets = plan_buckets(specs_of(self._tensors(bucket_bytes // PIECES_OF_A_BUCKET)), bucket_bytes)
+        self._gathering, self._slots = None, []
+        plan = [plan_buckets(specs_of(self._tensors(bucket_bytes // PIECES_OF_A_BUCKET)), bucket_bytes)]
+        dist.broadcast_object_list(plan, src=0)
+        self._buckets = plan[0]
+        hosts: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(hosts, Path(BOOT_ID).read_text())
+        self._on_one_host = len(set(hosts)) == 1
         return self._buckets
+
+    def _filling(self) -> "Filling":
+        from megatron_vespo.weights.filling import Gathered, Placed
+
+        if self._on_one_host and not next(self._policy.model[0].parameters()).is_cuda:
+            self._policy.settle_parameters()
+            return Placed(self._buckets, self._gathering.own_parts(), self._slots)
+        return Gathered(self._tensors())
 
     def open_sender(self, transport: str, groups: list[str], disk: DiskSyncConfig) -> list[int]:
         """Rank 0 only, after `plan_sync`. `groups`: names of process groups, of a collective transport; returns the
@@ -180,11 +200,11 @@ class PolicyRank:
         sender.close()
 
     def send_weights(self, weight_version: int, since: int | None) -> "SendTimes | None":
-        """All ranks gather; rank 0 sends. `since`: the weight version that all engines have, if it is known."""
+        """All ranks fill buckets; rank 0 sends them. `since`: the weight version that all engines have, if it is known."""
+        filling = self._filling()
         if self._rank == 0:
-            return self._sender.send(self._tensors(), weight_version, since)
-        for _ in self._tensors():
-            pass
+            return self._sender.send(filling, weight_version, since)
+        filling.follow()
         return None
 
     @ray.method(concurrency_group="weights")

@@ -56,7 +56,8 @@ class SyncReport:
 
 
 class WeightUpdater:
-    """Of one run. All engines that it is given hold the weights of the last `sync` that returned.
+    """Of one model in the trainer's processes, as `PolicyGroup.build` made it. After a `sync` that returned, all engines that
+    it was given hold those weights.
 
     Failures of engines are told by EnginesFailed, all others by RunFailed.
     """
@@ -152,8 +153,10 @@ class WeightUpdater:
         Raises:
             EnginesFailed: these engines died, did not answer in time, refused, or hold other weights than were sent. The
                 others may hold either weights: call it again for them.
-            RunFailed: the trainer failed, or no engine holds what was sent.
+            RunFailed: the trainer failed, or no engine holds what was sent, or there is none.
         """
+        if not engines:
+            raise RunFailed("weight sync", "there is no engine to bring weights to")
         clock = time.monotonic
         started = clock()
         if self._abandoned is not None:
@@ -163,9 +166,10 @@ class WeightUpdater:
             await self.disconnect()
             await self.connect(engines)
         connected = clock()
-        within = await self._send(weight_version)
+        held, self._held = self._held, {}  # after a failure on the way none is known to hold anything
+        within = await self._send(weight_version, None if set(engines) - set(held) else min(held.values()))
         sent = clock()
-        new = [client for client in engines if client not in self._held]
+        new = [client for client in engines if client not in held]
         await self._flush(list(engines) if self._config.flush_cache else new, weight_version)
         flushed = clock()
         due = self.syncs % self._config.verify_every == 0
@@ -191,11 +195,9 @@ class WeightUpdater:
             },
         )
 
-    async def _send(self, weight_version: int) -> dict[str, float]:
-        """Returns seconds of gathering and loading."""
+    async def _send(self, weight_version: int, since: int | None) -> dict[str, float]:
+        """`since`: the version that all engines have, if it is known. Returns seconds of gathering and loading."""
         timeout = self._config.timeout_seconds
-        held = [self._held.get(client) for client in self._engines]
-        since = None if None in held else min(held)  # pyright: ignore[reportArgumentType]
         trainer = asyncio.ensure_future(
             self._policy.on_all(
                 "gather and send weights",
@@ -206,7 +208,6 @@ class WeightUpdater:
         try:
             failures, seconds = await self._load(weight_version, trainer)
             if failures:
-                self._held = {}
                 await self._give_up(failures, trainer)
             times: list[SendTimes] = await trainer
             return {"gather": times[0].gather, "load": seconds}

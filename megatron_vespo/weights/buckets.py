@@ -73,6 +73,13 @@ def require_end(stream: Iterator[tuple[str, torch.Tensor]]) -> None:
         raise ValueError(f"weight sync has no bucket for {extra[0]}")
 
 
+def tensors_in(bucket: Bucket, flat: torch.Tensor) -> list[tuple[TensorSpec, torch.Tensor]]:
+    """Views of a bucket's bytes, [num_bytes] uint8."""
+    sizes = [spec.num_bytes for spec in bucket.specs]
+    parts = zip(bucket.specs, flat.split(sizes), strict=True)
+    return [(spec, part.view(getattr(torch, spec.dtype)).view(spec.shape)) for spec, part in parts]
+
+
 def specs_of(tensors: Iterable[tuple[str, torch.Tensor]]) -> list[TensorSpec]:
     return [TensorSpec(name, tuple(tensor.shape), dtype_name(tensor.dtype)) for name, tensor in tensors]
 

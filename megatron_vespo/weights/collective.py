@@ -44,13 +44,10 @@ class CollectiveSender(Sender):
         if failures := [f"{group.name}: {group.failure}" for group in self._groups if group.failure is not None]:
             raise RuntimeError("; ".join(failures))
 
-    def new_slot(self, num_bytes: int) -> torch.Tensor:
-        return torch.empty(num_bytes, dtype=torch.uint8, device=self.device)
-
     def publish(self, index: int, slot: torch.Tensor, weight_version: int, since: int | None) -> None:
+        for group in self._groups if index == 0 else ():
+            group.sent = 0
         for group in self._groups:
-            if index == 0:
-                group.sent = 0
             group.jobs.put(slot)
 
     def describe(self, index: int, copies: int) -> bool:

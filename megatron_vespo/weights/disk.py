@@ -9,7 +9,7 @@ import torch
 
 from megatron_vespo.checkpoint.manifest import hash_of
 from megatron_vespo.checkpoint.safetensors_stream import RowWriter
-from megatron_vespo.weights.buckets import Bucket, TensorSpec
+from megatron_vespo.weights.buckets import Bucket, TensorSpec, tensors_in
 from megatron_vespo.weights.sender import Sender
 
 
@@ -26,9 +26,6 @@ class DiskSender(Sender):
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="weights to disk")
         self._written: dict[int, Future[Path | None]] = {}
         folder.mkdir(parents=True, exist_ok=True)
-
-    def new_slot(self, num_bytes: int) -> torch.Tensor:
-        return torch.empty(num_bytes, dtype=torch.uint8, device=self.device)
 
     def publish(self, index: int, slot: torch.Tensor, weight_version: int, since: int | None) -> None:
         self._remove(index - 2)
@@ -79,10 +76,3 @@ class DiskSender(Sender):
             return
         if (folder := written.result()) is not None:
             shutil.rmtree(folder)
-
-
-def tensors_in(bucket: Bucket, flat: torch.Tensor) -> list[tuple[TensorSpec, torch.Tensor]]:
-    """Views of a bucket's bytes, [num_bytes] uint8."""
-    sizes = [spec.num_bytes for spec in bucket.specs]
-    parts = zip(bucket.specs, flat.split(sizes), strict=True)
-    return [(spec, part.view(getattr(torch, spec.dtype)).view(spec.shape)) for spec, part in parts]

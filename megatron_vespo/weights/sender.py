@@ -10,7 +10,9 @@ from typing import Any
 
 import torch
 
-from megatron_vespo.weights.buckets import Bucket, fill_bucket, require_end
+from megatron_vespo.weights.buckets import Bucket
+from megatron_vespo.weights.filling import Filling
+from megatron_vespo.weights.slots import new_slot
 
 SLOTS = 2
 
@@ -20,7 +22,7 @@ class SendTimes:
     """Seconds of one sending, on the trainer's rank 0."""
 
     gather: float
-    """Gathering tensors over ranks and copying them into buckets."""
+    """Filling buckets, together with the other ranks."""
     wait: float
     """Waiting for a bucket that was still on its way: 0 where engines are faster than gathering."""
 
@@ -44,10 +46,8 @@ class Sender(ABC):
         self._failure: BaseException | None = None
         self._slots: list[torch.Tensor] = []
 
-    def send(self, tensors: Iterator[tuple[str, torch.Tensor]], weight_version: int, since: int | None) -> SendTimes:
-        """Bring all `tensors` on their way, bucket by bucket; returns once every bucket was released, or after `abandon`.
-
-        `tensors` is exhausted in any case, for other ranks take part in it.
+    def send(self, filling: Filling, weight_version: int, since: int | None) -> SendTimes:
+        """Bring all weights on their way, bucket by bucket; returns once every bucket was released, or after `abandon`.
 
         Args:
             since: the weight version that all engines hold; None: it is not known.
@@ -55,34 +55,34 @@ class Sender(ABC):
         Raises:
             ValueError: the tensors are not those of the plan.
         """
-        self._failure = None
-        waited, started = 0.0, time.monotonic()
+        self._failure, complete = None, False
+        waited, started, largest = 0.0, time.monotonic(), max(bucket.num_bytes for bucket in self.buckets)
         try:
-            self._slots = [self.new_slot(max(bucket.num_bytes for bucket in self.buckets)) for _ in range(SLOTS)]
+            self._slots = slots = self._slots or [new_slot(largest, self.device) for _ in range(SLOTS)]
+            filling.begin(slots)
             for index, bucket in enumerate(self.buckets):
                 waiting = time.monotonic()
                 if not self._wait(lambda index=index: self._released > index - SLOTS):
                     break
                 waited += time.monotonic() - waiting
-                slot = self._slots[index % SLOTS][: bucket.num_bytes]
-                fill_bucket(bucket, tensors, slot)
+                filling.fill(index, bucket, slots)
                 self._settle_device()
-                self.publish(index, slot, weight_version, since)
+                self.publish(index, slots[index % SLOTS][: bucket.num_bytes], weight_version, since)
                 self._set(filled=index + 1)
             else:
-                require_end(tensors)
+                complete = True
             gathered = time.monotonic()
-            self._wait(lambda: self._released == len(self.buckets))
-            return SendTimes(gathered - started - waited, waited)
         except BaseException as error:
             self._set(failure=error)
             raise
         finally:
-            for _ in tensors:
-                pass
+            filling.finish(complete)
+        self._wait(lambda: self._released == len(self.buckets))
+        if self.device.type == "cuda":  # elsewhere the first use of memory costs as much as filling it
             self._slots = []
-            with self._changed:  # now, for `take` may be called before the next sending begins
-                self._filled = self._released = 0
+        with self._changed:  # now, for `take` may be called before the next sending begins
+            self._filled = self._released = 0
+        return SendTimes(gathered - started - waited, waited)
 
     def take(self, index: int, copies: int, released: int) -> Any:
         """Wait until bucket `index` is ready; returns what engines are told of it (`describe`), None for no bucket.
@@ -108,10 +108,6 @@ class Sender(ABC):
         """Let `send` return soon, whatever engines do. This sender can only be closed then."""
         self._abandoned = True
         self._set()
-
-    @abstractmethod
-    def new_slot(self, num_bytes: int) -> torch.Tensor:
-        """Memory for a bucket, [num_bytes] uint8 on the trainer's device."""
 
     @abstractmethod
     def publish(self, index: int, slot: torch.Tensor, weight_version: int, since: int | None) -> None:

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from megatron_vespo.checkpoint.check import check_folder
 from megatron_vespo.checkpoint.export import export_hf_folder
-from megatron_vespo.checkpoint.gather import gather_hf_tensors
+from megatron_vespo.checkpoint.gather import GatherPlan, gather_hf_tensors
 from megatron_vespo.checkpoint.hf_config import Architecture
 from megatron_vespo.checkpoint.load import load_hf_weights
 from megatron_vespo.policy.initialise import initialise
@@ -47,6 +47,12 @@ class Report:
     order: list[str]
     doubled: list[str]
     """Gathered by `value` (twice the parameter, in float64), those that are not twice the folder's."""
+    in_pieces: list[str]
+    """Tensors that are other numbers when they are gathered in small pieces; rank 0 has all of them."""
+    own_parts: dict[str, int]
+    """Tensor -> how many numbers of it this rank has to give."""
+    wrong_parts: list[str]
+    """Tensors of which it gives other numbers, or to another place."""
     unwritten: list[str]
     """Parameters that are NaN somewhere after loading."""
     padding: dict[str, tuple[int, bool]]
@@ -64,6 +70,9 @@ def round_trip(rank: int, world_size: int, port: int, case: Case, root: str) -> 
         load_hf_weights(chunks, architecture, folder)
         gathered = {name: tensor.clone() for name, tensor in gather_hf_tensors(chunks, architecture)}
         doubled = dict(gather_hf_tensors(chunks, architecture, value=lambda p: p.detach().double() * 2))
+        plan = GatherPlan(chunks, architecture, piece_elements=3000)
+        in_pieces = {name: tensor.clone() for name, tensor in plan.tensors()}
+        parts = [(name, cut, tensor.clone()) for name, cut, tensor in plan.own_parts()]
         export_hf_folder(chunks, architecture, folder, Path(root) / "export" / case.name)
         unwritten = [name for chunk in chunks for name, p in chunk.named_parameters() if p.isnan().any()]
         padding = _padding(chunks, architecture, rank, case.layout.get("tp", 1))
@@ -73,6 +82,9 @@ def round_trip(rank: int, world_size: int, port: int, case: Case, root: str) -> 
         different=[name for name, tensor in gathered.items() if not _equal(tensor, source[name])],
         order=list(gathered),
         doubled=[name for name, tensor in doubled.items() if not torch.equal(tensor, source[name].double() * 2)],
+        in_pieces=[name for name in gathered if not _equal(in_pieces.pop(name), source[name])] + list(in_pieces),
+        own_parts={name: sum(t.numel() for other, _, t in parts if other == name) for name, _, _ in parts},
+        wrong_parts=[name for name, cut, tensor in parts if not torch.equal(tensor, source[name][cut])],
         unwritten=unwritten,
         padding=padding,
         initialised=initialised if rank == 0 else None,

@@ -68,6 +68,17 @@ def test_the_order_is_that_of_one_process(reports, alone, case):
     assert reports[0].order == alone(case.kind, case.tied).order
 
 
+def test_small_pieces_are_the_same_numbers(reports):
+    assert reports[0].in_pieces == []
+
+
+def test_every_rank_gives_its_part_and_all_together_everything_once(reports, case, root):
+    assert [report.wrong_parts for report in reports] == [[]] * len(reports)
+    source = load_file(root / case.model / "model.safetensors")
+    given = {name: sum(report.own_parts.get(name, 0) for report in reports) for name in source}
+    assert given == {name: tensor.numel() for name, tensor in source.items()}
+
+
 def test_other_values_than_the_parameters_are_gathered_alike(reports):
     assert reports[0].doubled == []
 

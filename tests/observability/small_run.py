@@ -149,8 +149,10 @@ def layers_of_step(age: int) -> dict:
 
 
 def sync_row(step: int) -> dict:
-    times = {"sync": 0.4, "send": 0.2, "flush": 0.1, "verify": 0.1}
+    times = {"pause": 0.5, "sync": 0.4, "connect": 0.0, "send": 0.2, "flush": 0.1, "verify": 0.1}
+    times |= {"gather": 0.15, "load": 0.1}
     row = {"weight_version": step, "bytes": 1_000_000, "buckets": 1, "verified": True, "mismatches": 0}
+    row |= {"transport": "shared_memory", "engines": 1}
     return {**row, **{f"time/{name}": seconds for name, seconds in times.items()}}
 
 

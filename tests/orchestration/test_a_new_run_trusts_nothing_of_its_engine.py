@@ -30,15 +30,18 @@ class Engine:
         return [{}]
 
 
+ANSWERS = {
+    "plan the sync": [[]],
+    "gather and send weights": [SendTimes(gather=0, wait=0)],
+    "checksum the trainer's weights": [[{}]],
+}
+
+
 class Trainer:
     address = "127.0.0.1"
 
     async def on_all(self, what, call, seconds=None):
-        return {
-            "plan the sync": [[]],
-            "gather and send weights": [SendTimes(gather=0, wait=0)],
-            "checksum the trainer's weights": [[{}]],
-        }[what]
+        return ANSWERS[what]
 
     async def on_first(self, what, call, seconds=None): ...
 

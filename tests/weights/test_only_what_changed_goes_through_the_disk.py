@@ -10,13 +10,14 @@ from safetensors.torch import load_file
 
 from megatron_vespo.weights.buckets import plan_buckets, specs_of
 from megatron_vespo.weights.disk import DiskSender
+from megatron_vespo.weights.filling import Gathered
 
 EXPERT, NORM = "model.layers.1.mlp.experts.5.up_proj.weight", "model.layers.0.self_attn.q_norm.weight"
 
 
 def buckets_of(sender: DiskSender, tensors, weight_version: int, since: int | None):
     """Folders of the buckets while they are there."""
-    thread = threading.Thread(target=sender.send, args=(iter(tensors.items()), weight_version, since))
+    thread = threading.Thread(target=sender.send, args=(Gathered(iter(tensors.items())), weight_version, since))
     thread.start()
     for index in range(len(sender.buckets)):
         yield sender.take(index, copies=1, released=index)
