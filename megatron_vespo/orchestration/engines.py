@@ -11,7 +11,8 @@ from megatron_vespo.errors import RunError
 from megatron_vespo.orchestration.engine import Engine
 from megatron_vespo.orchestration.runtime import Runtime
 from megatron_vespo.orchestration.supervision import SETTLING_SECONDS, RunFailed, all_of
-from megatron_vespo.rollout.client import EngineClient, EngineError
+from megatron_vespo.rollout.client import EngineClient
+from megatron_vespo.rollout.engine_http import EngineError
 from megatron_vespo.rollout.fleet import Fleet
 
 PART = "engines"

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from megatron_vespo.rollout.client import EngineClient, EngineError
+from megatron_vespo.rollout.client import EngineClient
+from megatron_vespo.rollout.engine_http import EngineError
 from megatron_vespo.weights.buckets import Bucket
 
 Transport = Literal["collective", "shared_memory", "disk"]

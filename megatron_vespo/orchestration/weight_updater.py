@@ -12,7 +12,8 @@ from megatron_vespo.errors import RunError
 from megatron_vespo.orchestration.policy_group import PolicyGroup
 from megatron_vespo.orchestration.supervision import RunFailed, Supervisor
 from megatron_vespo.orchestration.weight_receivers import CollectiveReceivers, Receivers, choose_transport, receivers
-from megatron_vespo.rollout.client import EngineClient, EngineError
+from megatron_vespo.rollout.client import EngineClient
+from megatron_vespo.rollout.engine_http import EngineError
 from megatron_vespo.rollout.fused_checksums import compare_ranks
 from megatron_vespo.weights.buckets import Bucket
 from megatron_vespo.weights.sender import SendTimes

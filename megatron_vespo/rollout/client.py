@@ -1,17 +1,11 @@
 """Requests to one SGLang server. Token ids in, token ids out; every call has a deadline."""
 
 import asyncio
-import contextlib
 from collections.abc import Coroutine
-from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
-import aiohttp
-import msgspec
-import numpy as np
-from numpy.typing import NDArray
-
-from megatron_vespo.errors import RunError
+from megatron_vespo.rollout.engine_http import EngineError, EngineHttp
+from megatron_vespo.rollout.engine_output import EngineOutput, read_output
 from megatron_vespo.rollout.gate import Gate
 
 T = TypeVar("T")
@@ -20,64 +14,7 @@ DEFAULT_NEW_TOKENS = 128
 """SGLang's."""
 
 
-class EngineError(RunError):
-    """A request that the engine refused, did not answer in time, or answered with nonsense."""
-
-    def __init__(self, url: str, endpoint: str, status: int | None, reason: str) -> None:
-        answer = f"status {status}: " if status is not None else ""
-        super().__init__(f"engine {url}{endpoint}: {answer}{reason}")
-        self.url = url
-        self.endpoint = endpoint
-        self.status = status
-        """Of HTTP; None where there was no answer."""
-        self.reason = reason
-
-    @property
-    def refused(self) -> bool:
-        """The engine works, and does not accept this request."""
-        return self.status is not None and 400 <= self.status < 500
-
-    def __reduce__(self):
-        return type(self), (self.url, self.endpoint, self.status, self.reason)
-
-
-@dataclass(frozen=True)
-class WeightSpan:
-    """Response tokens [start, end) that were sampled under one weight version."""
-
-    version: str
-    start: int
-    end: int
-
-
-@dataclass(frozen=True)
-class EngineOutput:
-    """What the engine sampled for one input.
-
-    Attributes:
-        token_ids: [response tokens] int32, the stop token included.
-        log_probs: [response tokens] float32, natural logarithm, of the distribution with the temperature applied.
-        finish_reason: "stop", "length" or "abort".
-        finish_detail: the engine's message of an abort, else "".
-        finish_status: of HTTP, which the engine gives to an abort that is an error; None for all others.
-        cached_tokens: first tokens of the input that were found in the prefix cache.
-        retractions: how often the engine ran out of cache and computed the request's tokens again.
-        routed_experts: as it came (see `routing.codec`); None where it was not asked for or did not come.
-    """
-
-    request_id: str
-    token_ids: NDArray[np.int32]
-    log_probs: NDArray[np.float32]
-    finish_reason: str
-    finish_detail: str
-    weight_spans: tuple[WeightSpan, ...]
-    cached_tokens: int
-    retractions: int
-    finish_status: int | None = None
-    routed_experts: str | None = None
-
-
-class EngineClient:
+class EngineClient(EngineHttp):
     """One server. Made inside or outside an event loop; used in one. Close it, or use it as a context.
 
     Args:
@@ -101,16 +38,17 @@ class EngineClient:
         weights_timeout_seconds: float = 600.0,
         control_timeout_seconds: float = 60.0,
     ) -> None:
-        self.url = url
-        self._headers = {"Content-Type": "application/json", **authorization(token)}
+        super().__init__(
+            url,
+            token,
+            {
+                "generate": timeout_seconds,
+                "weights": weights_timeout_seconds,
+                "control": control_timeout_seconds,
+            },
+        )
         self.name = name
         self.ranks = ranks
-        self._deadlines = {
-            "generate": timeout_seconds,
-            "weights": weights_timeout_seconds,
-            "control": control_timeout_seconds,
-        }
-        self._session: aiohttp.ClientSession | None = None
         self.gate = Gate()
         self.given_version: int | None = None
         """That the engine holds, as far as whoever brought it there noted it here."""
@@ -140,17 +78,6 @@ class EngineClient:
             if not task.done():
                 task.cancel()
                 await asyncio.gather(task, return_exceptions=True)
-
-    async def close(self) -> None:
-        if self._session is not None:
-            await self._session.close()
-            self._session = None
-
-    async def __aenter__(self) -> "EngineClient":
-        return self
-
-    async def __aexit__(self, *_) -> None:
-        await self.close()
 
     async def generate(
         self,
@@ -343,92 +270,3 @@ class EngineClient:
 
     async def weight_version(self) -> str:
         return (await self.model_info())["weight_version"]
-
-    async def _succeed(self, endpoint: str, body: dict[str, Any]) -> dict[str, Any]:
-        answer = await self._request("POST", endpoint, body, deadline="weights")
-        if not isinstance(answer, dict) or not answer.get("success"):
-            raise self._nonsense(endpoint, "not successful", answer)
-        return answer
-
-    async def _request(
-        self, method: str, endpoint: str, body: dict[str, Any] | None, *, deadline: str = "control", parse: bool = True
-    ) -> Any:
-        if self._session is None:
-            # The server closes a connection that was idle for some seconds; a request sent at that moment would be lost.
-            connector = aiohttp.TCPConnector(limit=0, force_close=True)
-            self._session = aiohttp.ClientSession(connector=connector)
-        seconds = self._deadlines[deadline]
-        try:
-            async with self._session.request(
-                method,
-                self.url + endpoint,
-                data=None if body is None else msgspec.json.encode(body),
-                headers=self._headers,
-                timeout=aiohttp.ClientTimeout(total=seconds),
-            ) as response:
-                content = await response.read()
-                status = response.status
-        except TimeoutError as error:
-            reason = f"no answer within {seconds:.0f} s (deadline of '{deadline}' requests)"
-            raise EngineError(self.url, endpoint, None, reason) from error
-        except aiohttp.ClientError as error:
-            raise EngineError(self.url, endpoint, None, f"{type(error).__name__}: {error}") from error
-        if status != 200:
-            raise EngineError(self.url, endpoint, status, first_line(content))
-        if not parse:
-            return None
-        try:
-            return await _parse(content)
-        except msgspec.DecodeError as error:
-            raise EngineError(self.url, endpoint, status, f"not JSON: {first_line(content)}") from error
-
-    def _nonsense(self, endpoint: str, complaint: str, answer: Any) -> EngineError:
-        return EngineError(self.url, endpoint, 200, f"{complaint}: {first_line(msgspec.json.encode(answer))}")
-
-
-def authorization(token: str | None) -> dict[str, str]:
-    """The header of a request to a server with this token."""
-    return {} if token is None else {"Authorization": f"Bearer {token}"}
-
-
-LARGE_BODY = 4 * 2**20
-
-
-async def _parse(content: bytes) -> Any:
-    """A large body is parsed in a thread, so that other requests go on."""
-    if len(content) > LARGE_BODY:
-        return await asyncio.to_thread(msgspec.json.decode, content)
-    return msgspec.json.decode(content)
-
-
-def first_line(content: bytes) -> str:
-    """The message in an error's body, or the beginning of the body."""
-    with contextlib.suppress(msgspec.DecodeError):
-        answer = msgspec.json.decode(content)
-        if isinstance(answer, dict):
-            message = answer.get("error") or answer.get("message") or answer
-            message = message.get("message", message) if isinstance(message, dict) else message
-            return str(message).splitlines()[0][:500] if str(message) else "no message"
-    text = content.decode(errors="replace").strip()
-    return text.splitlines()[0][:500] if text else "an empty answer"
-
-
-def read_output(item: dict[str, Any]) -> EngineOutput:
-    """One response out of the body of /generate."""
-    meta = item["meta_info"]
-    finish = meta["finish_reason"]
-    log_probs = meta["output_token_logprobs"]
-    return EngineOutput(
-        request_id=meta["id"],
-        token_ids=np.array(item["output_ids"], dtype=np.int32),
-        log_probs=np.array([entry[0] for entry in log_probs], dtype=np.float32),
-        finish_reason=finish["type"],
-        finish_detail=str(finish.get("message") or ""),
-        weight_spans=tuple(
-            WeightSpan(span["version"], span["start"], span["end"]) for span in meta.get("weight_versions") or ()
-        ),
-        cached_tokens=meta.get("cached_tokens", 0),
-        retractions=meta.get("num_retractions") or 0,
-        finish_status=finish.get("status_code"),
-        routed_experts=meta.get("routed_experts"),
-    )

@@ -5,7 +5,8 @@ from collections.abc import Awaitable, Callable, Iterable
 from typing import Literal
 
 from megatron_vespo.errors import RunError
-from megatron_vespo.rollout.client import EngineClient, EngineError
+from megatron_vespo.rollout.client import EngineClient
+from megatron_vespo.rollout.engine_http import EngineError
 
 OnFailure = Callable[[EngineClient, RunError], None]
 

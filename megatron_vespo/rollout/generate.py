@@ -6,7 +6,8 @@ from collections.abc import AsyncIterator, Coroutine, Sequence
 from typing import Any
 
 from megatron_vespo.config import ConfigError, RolloutConfig, SamplingConfig
-from megatron_vespo.rollout.client import EngineError, EngineOutput
+from megatron_vespo.rollout.engine_http import EngineError
+from megatron_vespo.rollout.engine_output import EngineOutput
 from megatron_vespo.rollout.fleet import Fleet, Place
 from megatron_vespo.rollout.generation import Generation, ending_of, request_id, sampling_params
 from megatron_vespo.rollout.response_checks import Nonsense, ResponseError, check, check_versions

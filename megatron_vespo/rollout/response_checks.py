@@ -3,7 +3,7 @@
 import numpy as np
 
 from megatron_vespo.errors import RunError
-from megatron_vespo.rollout.client import EngineOutput
+from megatron_vespo.rollout.engine_output import EngineOutput
 from megatron_vespo.rollout.generation import Generation
 from megatron_vespo.rollout.segments import covers, was_paused
 

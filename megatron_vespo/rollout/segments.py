@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from megatron_vespo.rollout.client import EngineOutput, WeightSpan
+from megatron_vespo.rollout.engine_output import EngineOutput, WeightSpan
 from megatron_vespo.rollout.response_lengths import Ending
 from megatron_vespo.rollout.trajectory import FinishReason, Prompt, Segment, Trajectory
 from megatron_vespo.routing.codec import RoutesError, decode

@@ -22,13 +22,13 @@ from megatron_vespo.config import ConfigError, EngineConfig
 from megatron_vespo.errors import RunError
 from megatron_vespo.interface import LOOPBACK, Interface
 from megatron_vespo.rollout import process_tree, router_noise
-from megatron_vespo.rollout.client import authorization
 from megatron_vespo.rollout.engine_arguments import (
     check_sequence_length,
     check_tensor_parallel,
     child_environment,
     command_line_arguments,
 )
+from megatron_vespo.rollout.engine_http import authorization
 from megatron_vespo.rollout.engine_log import first_cause
 
 logger = logging.getLogger(__name__)

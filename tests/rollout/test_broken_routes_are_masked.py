@@ -9,7 +9,7 @@ import pytest
 from rollouts import random_prompts
 from test_nonsense_from_engines_is_refused import GENERATION, GOOD
 
-from megatron_vespo.rollout.client import WeightSpan
+from megatron_vespo.rollout.engine_output import WeightSpan
 from megatron_vespo.rollout.fleet import Fleet
 from megatron_vespo.rollout.generate import MAX_FRUITLESS_REQUESTS, generate_group
 from megatron_vespo.rollout.response_checks import ResponseError

@@ -8,8 +8,10 @@ from aiohttp import web
 from rollouts import random_prompts
 
 from megatron_vespo.config import ConfigError, RolloutConfig, SamplingConfig
-from megatron_vespo.rollout.client import EngineClient, EngineError, EngineOutput, WeightSpan
+from megatron_vespo.rollout.client import EngineClient
+from megatron_vespo.rollout.engine_http import EngineError
 from megatron_vespo.rollout.engine_log import first_cause
+from megatron_vespo.rollout.engine_output import EngineOutput, WeightSpan
 from megatron_vespo.rollout.fleet import Fleet
 from megatron_vespo.rollout.generate import generate_groups, generate_responses
 from megatron_vespo.rollout.generation import Generation

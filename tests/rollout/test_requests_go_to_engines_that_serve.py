@@ -12,7 +12,8 @@ from rollouts import random_prompts
 from test_nonsense_from_engines_is_refused import GENERATION
 
 from megatron_vespo.errors import RunError
-from megatron_vespo.rollout.client import EngineClient, EngineError
+from megatron_vespo.rollout.client import EngineClient
+from megatron_vespo.rollout.engine_http import EngineError
 from megatron_vespo.rollout.fleet import MAX_FAILED_ENGINES, Fleet
 from megatron_vespo.rollout.generate import generate_group
 
