@@ -20,6 +20,7 @@ from megatron_vespo.policy.packing import pack_step, report_packing
 from megatron_vespo.policy.result import StepResult, TokenScores, merge
 from megatron_vespo.routing.routes import Routes
 from megatron_vespo.routing.slices import RankPlace, StepRoutes, assemble_routes, slice_routes
+from megatron_vespo.weights.slots import remove_slots
 
 PART = "policy"
 
@@ -58,10 +59,14 @@ class PolicyGroup:
         """Starts the processes; there is a model once `build` was awaited."""
         self._supervisor = runtime.supervisor
         runtime.on_stop(PART, self.stop)
+        options = actor_options(gpus_per_rank)
+        # What serves shared memory keeps a socket there.
+        options["runtime_env"] = {"env_vars": options["runtime_env"]["env_vars"] | {"TMPDIR": str(runtime.scratch)}}
         self.ranks = [
-            PolicyRank.options(**actor_options(gpus_per_rank)).remote(rank)  # pyright: ignore[reportAttributeAccessIssue]
+            PolicyRank.options(**options).remote(rank)  # pyright: ignore[reportAttributeAccessIssue]
             for rank in range(ranks)
         ]
+        self._processes: list[int] = []
         for rank, actor in enumerate(self.ranks):
             runtime.supervisor.watch(f"{PART} rank {rank}", actor.hold.remote())
 
@@ -73,6 +78,7 @@ class PolicyGroup:
         self._timeout_seconds = config.policy.step_timeout_seconds
         self._packing = packing_rules(architecture, config.policy)
         port = await self.on_first("open the trainer's port", lambda actor: actor.listen_for_ranks.remote())
+        self._processes = await self.on_all("start policy", lambda actor, _: actor.process.remote())
         self._shape = architecture.routing_shape
         self._places: list[RankPlace] = await self.on_all(
             "start policy", lambda actor, _: actor.build.remote(port, config, total_steps, temperature)
@@ -172,6 +178,8 @@ class PolicyGroup:
         return await self._supervisor.wait(what, answer, seconds or self._timeout_seconds)
 
     async def stop(self) -> None:
-        """Ranks hold nothing that outlives them, so they are simply ended."""
+        """Of what ranks hold, only buckets of weights in shared memory would outlive them."""
         for actor in self.ranks:
             ray.kill(actor)
+        for process in self._processes:
+            remove_slots(process)
