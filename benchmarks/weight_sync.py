@@ -7,8 +7,8 @@ and two real SGLang servers, which start with other numbers. A sync is what a ru
 broadcast sends as many bytes, in as many buckets, from one process to two others that do nothing with them. Both take
 turns; ratios are of neighbours. Every tensor is verified by checksum at each transport's first sync.
 
-Memory: the kernel's peak of each process' resident memory during a sync, less what was resident before it, in units of
-`--bucket-mb`. Pages of shared memory count in each process that has touched them.
+Memory: the kernel's peak of each process' resident memory during a sync, less what was resident before the first sync of
+all, in units of `--bucket-mb`. Pages of shared memory count in each process that has touched them.
 """
 
 import argparse
@@ -133,14 +133,13 @@ def processor_seconds(pids: list[int], found: dict[str, float]):
 
 
 @contextmanager
-def extra_memory(pids: dict[str, int], found: dict[str, int]):
-    """Bytes by which the resident memory of processes rose above what it was, at most; into `found`."""
-    before = {name: memory(pid, "VmRSS") for name, pid in pids.items()}
+def peak_memory(pids: dict[str, int], found: dict[str, int]):
+    """The most bytes of processes that were resident meanwhile, if more than there are; into `found`."""
     for pid in pids.values():
         Path(f"/proc/{pid}/clear_refs").write_text("5")
     yield
     for name, pid in pids.items():
-        found[name] = max(found.get(name, 0), memory(pid, "VmHWM") - before[name])
+        found[name] = max(found.get(name, 0), memory(pid, "VmHWM"))
 
 
 def memory(pid: int, key: str) -> int:
@@ -178,7 +177,8 @@ async def measure(arguments: argparse.Namespace, root: Path, stack: AsyncExitSta
     actors = [await actor.__ray_call__.remote(lambda _: os.getpid()) for actor in policy.ranks]
     pids = {f"trainer rank {rank}": pid for rank, pid in enumerate(actors)}
     pids |= {name: largest_process(pid) for name, (_, pid) in zip(("engine 0", "engine 1"), clients, strict=True)}
-    setup = Setup([client for client, _ in clients], broadcast, pids, [*family, *actors], arguments)
+    before = {name: memory(pid, "VmRSS") for name, pid in pids.items()}
+    setup = Setup([client for client, _ in clients], broadcast, pids, before, [*family, *actors], arguments)
     return {name: await one_transport(updater(name), setup) for name in arguments.transports}
 
 
@@ -206,6 +206,8 @@ class Setup:
     broadcast: Broadcast
     pids: dict[str, int]
     """Whose memory is measured."""
+    before: dict[str, int]
+    """Their resident bytes before the first sync."""
     family: list[int]
     """All that take part in a sync."""
     arguments: argparse.Namespace
@@ -213,21 +215,22 @@ class Setup:
 
 async def one_transport(updater: WeightUpdater, setup: Setup) -> dict:
     peaks: dict[str, int] = {}
-    with extra_memory(setup.pids, peaks):
+    with peak_memory(setup.pids, peaks):
         first = await updater.sync(0, setup.engines)
     sizes = [bucket.num_bytes for bucket in updater.buckets]
     plain = await broadcast_seconds(setup, sizes)
     pairs: list[dict[str, float]] = []
     for version in range(1, setup.arguments.repeats + 1):
         used: dict[str, float] = {}
-        with extra_memory(setup.pids, peaks), processor_seconds(setup.family, used):
+        with peak_memory(setup.pids, peaks), processor_seconds(setup.family, used):
             report = await updater.sync(version, setup.engines)
         before, plain = plain, await broadcast_seconds(setup, sizes)
         both = {name: (before[name] + plain[name]) / 2 for name in plain}
         pairs.append({**both, "sync": report.total_seconds, "sync_cpu": used["cpu"], **report.seconds})
         print(report.transport, {name: round(value, 3) for name, value in pairs[-1].items()}, flush=True)
     await updater.disconnect()
-    return summary(first, pairs, peaks, int(setup.arguments.bucket_mb * 2**20))
+    extra = {name: peak - setup.before[name] for name, peak in peaks.items()}
+    return summary(first, pairs, extra, int(setup.arguments.bucket_mb * 2**20))
 
 
 async def broadcast_seconds(setup: Setup, sizes: list[int]) -> dict[str, float]:
@@ -237,7 +240,7 @@ async def broadcast_seconds(setup: Setup, sizes: list[int]) -> dict[str, float]:
     return {"broadcast": seconds, "broadcast_cpu": used["cpu"]}
 
 
-def summary(first: SyncReport, pairs: list[dict], peaks: dict[str, int], bucket_bytes: int) -> dict:
+def summary(first: SyncReport, pairs: list[dict], extra: dict[str, int], bucket_bytes: int) -> dict:
     ratios = [pair["sync"] / pair["broadcast"] for pair in pairs]
     cpu = statistics.median(pair["sync_cpu"] / pair["broadcast_cpu"] for pair in pairs)
     result = {
@@ -248,7 +251,7 @@ def summary(first: SyncReport, pairs: list[dict], peaks: dict[str, int], bucket_
         "median_seconds": {name: statistics.median(pair[name] for pair in pairs) for name in pairs[0]},
         "first": first.seconds,
         "verify_over_broadcast": first.seconds["verify"] / statistics.median(pair["broadcast"] for pair in pairs),
-        "extra_memory_in_buckets": {name: peak / bucket_bytes for name, peak in peaks.items()},
+        "extra_memory_in_buckets": {name: number / bucket_bytes for name, number in extra.items()},
         "pairs": pairs,
     }
     print(first.transport, json.dumps({name: value for name, value in result.items() if name != "pairs"}, indent=1))

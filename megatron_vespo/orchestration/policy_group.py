@@ -22,6 +22,7 @@ from megatron_vespo.policy.packing import pack_step, report_packing
 from megatron_vespo.policy.result import StepResult, TokenScores, merge
 from megatron_vespo.routing.routes import Routes
 from megatron_vespo.routing.slices import RankPlace, StepRoutes, assemble_routes, slice_routes
+from megatron_vespo.weights.slots import remove_slots
 
 PART = "policy"
 ANSWER_SECONDS = 20.0
@@ -72,6 +73,8 @@ class PolicyGroup:
         """Starts the processes; there is a model once `build` was awaited."""
         self._supervisor = runtime.supervisor
         self._options = actor_options(gpus_per_rank, runtime.interface)
+        # What serves shared memory keeps a socket there.
+        self._options["runtime_env"]["env_vars"] |= {"TMPDIR": str(runtime.scratch)}
         self._recover: Callable[[PolicyLost], Awaitable[None]] | None = None
         self._parts = str(runtime.parts)
         self.address = runtime.interface.address
@@ -79,6 +82,7 @@ class PolicyGroup:
         self.starts = 0
         """How often processes were started: what was given to earlier ones is gone."""
         runtime.on_stop(PART, self.stop)
+        self._processes: list[int] = []
         self._start(ranks)
         self._watch()
 
@@ -106,6 +110,7 @@ class PolicyGroup:
         self._packing = packing_rules(architecture, config.policy)
         seconds = config.policy.startup_timeout_seconds
         port = await self.on_first("open the trainer's port", lambda actor: actor.listen_for_ranks.remote(), seconds)
+        self._processes = await self.on_all("start policy", lambda actor, _: actor.process.remote(), seconds)
         self._shape = architecture.routing_shape
         self._places: list[RankPlace] = await self.on_all(
             "start policy",
@@ -281,6 +286,8 @@ class PolicyGroup:
             raise PolicyLost(what, expired.cause, expired.details) from None
 
     async def stop(self) -> None:
-        """Ranks hold nothing that outlives them, so they are simply ended."""
+        """Of what ranks hold, only buckets of weights in shared memory would outlive them."""
         for actor in self.ranks:
             ray.kill(actor)
+        for process in self._processes:
+            remove_slots(process)

@@ -1,5 +1,6 @@
 """One trainer process as a Ray actor."""
 
+import os
 import socket
 import threading
 from pathlib import Path
@@ -48,6 +49,10 @@ class PolicyRank:
         self._policy: Any = None
         self._saving: Any = None
         self._exporting: Any = None
+
+    def process(self) -> int:
+        """Its number on this host."""
+        return os.getpid()
 
     def listen_for_ranks(self) -> int:
         """Rank 0 only. Returns the port where the other ranks meet it."""

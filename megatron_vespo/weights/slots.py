@@ -3,6 +3,7 @@
 import io
 import shutil
 from multiprocessing.reduction import ForkingPickler
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,6 +29,13 @@ def new_slot(num_bytes: int, device: torch.device) -> torch.Tensor:
     torch.multiprocessing.set_sharing_strategy("file_system")
     storage = torch.UntypedStorage._new_using_filename_cpu(num_bytes)
     return torch.empty(0, dtype=torch.uint8).set_(storage)  # pyright: ignore[reportCallIssue, reportArgumentType]
+
+
+def remove_slots(pid: int) -> None:
+    """Of a process that was ended by force. Torch names memory after the process; what it runs to remove it may be ended with
+    it."""
+    for file in Path(SHARED_MEMORY).glob(f"torch_{pid}_*"):
+        file.unlink(missing_ok=True)
 
 
 class Shared:
