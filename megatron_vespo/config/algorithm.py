@@ -103,6 +103,10 @@ class AlgorithmConfig(Section):
     """Prompts (groups) of one mini-batch."""
     prompts_per_rollout_batch: PositiveInt | None = None
     """Only a check: if given, it must be staleness * prompts_per_step."""
+    over_sampling: float = Field(default=1.0, ge=1)
+    """Synchronous, with `zero_variance_groups: filter`: so many times the prompts of a rollout batch are sampled, and the
+    first groups with variance fill it, in the order of their prompts, never of their ends, which would favour short
+    responses. Asynchronous runs replace groups without variance anyway."""
     old_policy: OldPolicy = "behavior"
     """Whose log-probs importance weights are taken against: the engine's when it sampled; or the trainer's at the start
     of the rollout batch, which cost a forward pass."""
@@ -143,6 +147,14 @@ class AlgorithmConfig(Section):
                 "prompts_per_rollout_batch",
                 f"{stated} is not staleness * prompts_per_step ({self.staleness} * {self.prompts_per_step} = "
                 f"{self.rollout_batch_prompts}); leave it out to derive it",
+            )
+        if self.over_sampling > 1 and (
+            self.asynchronous is not None or self.advantage.zero_variance_groups != "filter"
+        ):
+            yield (
+                "over_sampling",
+                f"{self.over_sampling} has nothing to choose by: it needs advantage.zero_variance_groups: filter, and no "
+                "asynchronous. Leave it at 1",
             )
         if self.gradient_variance_every > 0 and self.prompts_per_step < 2:
             yield "gradient_variance_every", "needs at least 2 groups in a step (prompts_per_step)"

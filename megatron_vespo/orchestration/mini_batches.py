@@ -27,6 +27,13 @@ def settle_truncated(groups: list[Group], rollout: RolloutConfig) -> None:
             trajectory.reward -= rollout.truncation_penalty
 
 
+def first_with_variance(groups: list[Group], count: int) -> list[Group]:
+    """`count` of these groups in their order; those whose rewards are all equal only where the others are too few."""
+    without = [float(np.ptp([trajectory.reward for trajectory in group.trajectories])) == 0 for group in groups]
+    chosen = sorted(sorted(range(len(groups)), key=lambda index: without[index])[:count])
+    return [groups[index] for index in chosen]
+
+
 def shape_rewards(groups: list[Group], algorithm: AlgorithmConfig, max_response_tokens: int) -> None:
     """Take off what the algorithm adds to the task's own reward: overlong responses, KL to the reference; in place."""
     trajectories = [trajectory for group in groups for trajectory in group.trajectories]

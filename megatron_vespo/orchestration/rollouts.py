@@ -1,8 +1,15 @@
 """From prompts to what is trained on: sampled on the engine, graded, scored by the trainer, given advantages."""
 
+import math
+
 from megatron_vespo.orchestration.engine_weights import attended
 from megatron_vespo.orchestration.generator import Generator
-from megatron_vespo.orchestration.mini_batches import assign_advantages, settle_truncated, shape_rewards
+from megatron_vespo.orchestration.mini_batches import (
+    assign_advantages,
+    first_with_variance,
+    settle_truncated,
+    shape_rewards,
+)
 from megatron_vespo.orchestration.rescoring import rescore
 from megatron_vespo.orchestration.routing_probe import probe_batch
 from megatron_vespo.orchestration.session import Session
@@ -14,7 +21,8 @@ from megatron_vespo.rollout.trajectory import Group, Trajectory
 async def collect_rollouts(session: Session, batch: int, weight_version: int) -> list[Group]:
     """Groups of rollout batch `batch`, sampled under `weight_version`, in the order of their prompts."""
     config, sampler = session.config, session.sampler
-    prompts = session.prompts.take(config.algorithm.rollout_batch_prompts)
+    needed = config.algorithm.rollout_batch_prompts
+    prompts = session.prompts.take(math.ceil(needed * config.algorithm.over_sampling))
     session.console.phase("generating")
     stream = generate_groups(
         sampler.fleet,
@@ -28,8 +36,9 @@ async def collect_rollouts(session: Session, batch: int, weight_version: int) ->
         cache_version=session.weights.cache_version,
         routes=session.routing_shape,
     )
-    groups, seconds, grading_seconds = await attended(session, sampler.collect(stream, prompts))
-    settle_truncated(groups, config.rollout)
+    sampled, seconds, grading_seconds = await attended(session, sampler.collect(stream, prompts))
+    settle_truncated(sampled, config.rollout)
+    groups = first_with_variance(sampled, needed)
     figures = sampler.describe(groups) | await probe_batch(session, groups)
     await rescore(session, groups)
     figures |= recording_figures([t for group in groups for t in group.trajectories])
@@ -37,7 +46,8 @@ async def collect_rollouts(session: Session, batch: int, weight_version: int) ->
     assign_advantages(groups, config.algorithm.advantage)
 
     left_out = sum(not group.trained for group in groups)
-    session.tally.generated_tokens += int(figures["response/tokens"])
+    tokens = sum(len(trajectory.response_ids) for group in sampled for trajectory in group.trajectories)
+    session.tally.generated_tokens += tokens
     session.record(
         "rollout",
         weight_version,
@@ -46,11 +56,12 @@ async def collect_rollouts(session: Session, batch: int, weight_version: int) ->
             "weight_version": weight_version,
             **figures,
             "advantage/groups_left_out": left_out,
+            "advantage/groups_over_sampled": len(sampled) - len(groups),
             "prompt/dropped_overlong": session.prompts.dropped_overlong,
             "prompt/skipped_held_out": session.prompts.skipped_excluded,
             "time/generate": seconds,
             "time/reward_wait": grading_seconds,
-            "speed/generated_tokens_per_second": figures["response/tokens"] / seconds,
+            "speed/generated_tokens_per_second": tokens / seconds,
         },
     )
     return groups

@@ -95,6 +95,7 @@ def test_the_same_sampling_is_allowed_in_evaluation():
     ("overrides", "said"),
     [
         (["algorithm.steps=10"], "Use steps=12"),
+        (["algorithm.over_sampling=1.5"], "it needs advantage.zero_variance_groups: filter"),
         (["algorithm.prompts_per_rollout_batch=100"], "(4 * 16 = 64)"),
         (["algorithm.prompts_per_step=1", "rollout.group_size=2", "policy.ranks=4"], "4 data-parallel ranks"),
         (["rollout.group_size=1"], "greater than or equal to 2"),

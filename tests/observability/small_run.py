@@ -37,6 +37,7 @@ def rollout_row(batch: int) -> dict:
         "reward/std": 0.4,
         "reward/groups_without_variance": 0.1 * batch,
         "advantage/groups_left_out": 0,
+        "advantage/groups_over_sampled": 0,
         **{f"reward/outcome/{name}": count for name, count in outcomes.items()},
         **{f"response/{'length_' if name != 'truncated_share' else ''}{name}": value for name, value in length.items()},
         "response/tokens": 128,

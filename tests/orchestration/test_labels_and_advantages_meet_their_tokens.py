@@ -7,6 +7,7 @@ from megatron_vespo.config import AdvantageConfig, RolloutConfig
 from megatron_vespo.orchestration.gradient_noise import in_parts
 from megatron_vespo.orchestration.mini_batches import (
     assign_advantages,
+    first_with_variance,
     mini_batches,
     settle_truncated,
     training_sequences,
@@ -67,6 +68,11 @@ def test_advantages_go_to_the_trajectories_whose_rewards_made_them():
     assign_advantages(some, AdvantageConfig(std_ddof=0))
     signs = [[np.sign(t.advantage) for t in group.trajectories] for group in some]
     assert signs == [[1, -1], [0, 0], [-1, 1]]
+
+
+@pytest.mark.parametrize(("count", "chosen"), [(1, ["p0"]), (2, ["p0", "p2"]), (3, ["p0", "p1", "p2"])])
+def test_the_first_groups_with_variance_are_chosen_in_their_order(count, chosen):
+    assert [group.prompt.identity for group in first_with_variance(groups(), count)] == chosen
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """One short run with all that a rollout batch can be scored for: proximal and reference log-probs, entropy."""
 
 import json
+from pathlib import Path
 
 import pytest
 from test_a_run_from_start_to_report import SHORT, command, rows
@@ -11,14 +12,19 @@ SETTINGS = (
     "algorithm.objective.kl={coefficient: 0.01}",
     "algorithm.objective.entropy_coefficient=0.001",
     "algorithm.advantage.zero_variance_groups=filter",
+    "algorithm.over_sampling=1.5",
     "policy.reference={}",
     "algorithm.gradient_variance_every=4",
 )
 
 
 @pytest.fixture(scope="module")
-def steps(tmp_path_factory) -> list[dict]:
-    folder = tmp_path_factory.mktemp("runs") / "proximal"
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("runs") / "proximal"
+
+
+@pytest.fixture(scope="module")
+def steps(folder) -> list[dict]:
     command("train", "examples/quickstart.yaml", f"run_dir={folder}", *SHORT, *SETTINGS)
     assert json.loads((folder / "summary.json").read_text())["weight_sync_mismatches"] == 0
     return rows(folder, "step")
@@ -43,6 +49,12 @@ def test_the_variance_of_the_gradient_is_measured_when_it_is_due(steps):
     for row in (steps[3], steps[7]):
         assert 0 < row["gradient/variance"] < 1e3 * row["grad_norm"] ** 2
         assert row["gradient/noise_share"] == pytest.approx(row["gradient/variance"] / row["grad_norm"] ** 2)
+
+
+def test_groups_with_variance_fill_the_batches_where_enough_were_sampled(folder, steps):
+    for row in rows(folder, "rollout"):
+        assert row["advantage/groups_over_sampled"] == 8  # 24 were sampled for 4 steps of 4
+        assert row["reward/groups_without_variance"] == row["advantage/groups_left_out"] / 16
 
 
 def test_the_reference_is_where_the_run_started(steps):
