@@ -10,6 +10,8 @@ from rich.table import Table
 from megatron_vespo.config.planning import RatesConfig
 from megatron_vespo.planning.split import Lengths, Row, recommended
 
+TABLE_WIDTH = 120
+
 
 def split_json(rates: RatesConfig, lengths: Lengths, rows: Sequence[Row]) -> str:
     figures = {
@@ -23,6 +25,7 @@ def split_json(rates: RatesConfig, lengths: Lengths, rows: Sequence[Row]) -> str
 
 def print_split(rates: RatesConfig, lengths: Lengths, rows: Sequence[Row]) -> None:
     console, best = Console(highlight=False), recommended(rows)
+    console.width = max(console.width, TABLE_WIDTH)
     console.print(f"speeds      {rates.about}")
     console.print(
         f"lengths     prompts of {lengths.prompt} tokens; responses lognormal, median {lengths.median:g}, sigma "
