@@ -272,6 +272,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    os.environ["RAY_worker_niceness"] = "0"  # the broadcast's processes yield to nobody either
     torch.set_num_threads(1)
     started = time.time()
     with ExitStack() as stack:

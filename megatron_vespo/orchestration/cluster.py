@@ -55,8 +55,6 @@ class LocalCluster:
             object_store_memory=OBJECT_STORE_BYTES,
             _temp_dir=str(self._folder),
             _node_ip_address=LOOPBACK,
-            # Else Ray's processes, the trainer among them, yield the processor to the engines.
-            _system_config={"worker_niceness": 0},
         )
         signal.signal(signal.SIGTERM, handler)
 
