@@ -17,6 +17,7 @@ def chaos(folder: Path, kills: int, hangs: int, minutes: float, *settings: str) 
     return json.loads((folder / "chaos.json").read_text())
 
 
+@pytest.mark.slow
 def test_a_few_deeds(tmp_path):
     outcome = chaos(tmp_path, 2, 1, 8, "algorithm.steps=30")
     assert outcome["steps"] == 30 and outcome["prompts_used_once"] == outcome["prompts_expected"] == 240

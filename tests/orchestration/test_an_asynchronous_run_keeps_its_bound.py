@@ -45,7 +45,7 @@ def run(tmp_path_factory):
         if session.progress.step >= STANDS_STILL:
             await train_step(session, trajectories)
             return
-        client = session.sampler.client
+        (client,) = session.sampler.fleet.clients
         await client.pause_generation("in_place")
         await train_step(session, trajectories)
         await client.continue_generation()

@@ -93,7 +93,7 @@ def run(tmp_path_factory) -> tuple[Path, dict[str, str], list]:
 
     async def loop(session) -> None:
         await sync_weights(session)  # probes as well
-        client = session.sampler.client
+        (client,) = session.sampler.fleet.clients
         for kind in (*KINDS, "shifted", "layers swapped"):
             with Broken(client, kind), pytest.raises(ProbeFailed) as failure:
                 await probe_engine_routes(session)
