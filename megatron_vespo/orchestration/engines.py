@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Coroutine, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -98,6 +98,11 @@ class Engines:
         versions = [client.given_version for client in self.fleet.clients]
         return None if None in versions else min((v for v in versions if v is not None), default=None)
 
+    def forget_weights(self) -> None:
+        """Another run begins: what engines hold is another trainer's."""
+        for client in self.present:
+            client.given_version = None
+
     async def came_back(self) -> None:
         """Returns when an engine waits for the weights."""
         while not self._waiting:
@@ -139,10 +144,17 @@ class Engines:
         self._in_background(self._watch_process(slot.engine))
         self._in_background(self._watch_answers(slot.engine.client))
 
-    def _in_background(self, work) -> None:
+    def _in_background(self, work: Coroutine[Any, Any, None]) -> None:
+        """What fails in it ends the run."""
+
+        def ended(task: asyncio.Task[None]) -> None:
+            self._tasks.discard(task)
+            if not task.cancelled() and (error := task.exception()) is not None and not self._given_up.done():
+                self._given_up.set_exception(error)
+
         task = asyncio.ensure_future(work)
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(ended)
 
     async def _watch_process(self, engine: Engine) -> None:
         if (failure := await engine.death()) is not None:
@@ -167,7 +179,7 @@ class Engines:
                     )
 
     async def _replace(self, slot: Slot, error: RunError) -> None:
-        """With a new process in new weights' waiting room; too many failures end the run."""
+        """By a new process, which waits for the weights; too many failures end the run."""
         error = await slot.engine.first_cause(SETTLING_SECONDS) or error
         now = time.monotonic()
         slot.failed_at = [*(at for at in slot.failed_at if now - at < RESTART_WINDOW_SECONDS), now]

@@ -63,6 +63,7 @@ class Parts:
         assert self._engines is not None and self._policy is not None and self._graders is not None
         supervisor = self._runtime.supervisor
         self._engines.tell, self._engines.restarts = console.event, 0
+        self._engines.forget_weights()
         self._weights = WeightUpdater(
             self._policy,
             supervisor,

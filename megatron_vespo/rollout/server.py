@@ -236,6 +236,10 @@ class EngineServer:
         if self._process is None or self.is_alive():
             return
         code = self._process.returncode
+        if code == -signal.SIGKILL:  # it had no time to write why
+            raise EngineServerError(
+                f"the engine was killed by SIGKILL, by somebody or for want of memory (log: {self._log_path})"
+            )
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
         raise EngineServerError(f"the engine {how}: {first_cause(self._log_text())} (log: {self._log_path})")
 
