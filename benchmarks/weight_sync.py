@@ -272,8 +272,6 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    # The processes of the broadcast yield to nobody either.
-    os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112
     torch.set_num_threads(1)
     started = time.time()
     with ExitStack() as stack:
