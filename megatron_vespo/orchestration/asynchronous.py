@@ -5,6 +5,7 @@ import time
 from megatron_vespo.orchestration.busy_time import BusyTime, seconds_of_both
 from megatron_vespo.orchestration.checkpoints import Checkpoints
 from megatron_vespo.orchestration.engine_weights import attended
+from megatron_vespo.orchestration.evaluation import evaluate
 from megatron_vespo.orchestration.exports import Exports
 from megatron_vespo.orchestration.generator import Generator
 from megatron_vespo.orchestration.mismatch_probe import measure_mismatch
@@ -58,4 +59,5 @@ async def evaluate_held_out(session: Session, generator: Generator) -> None:
     """With the trainer's weights of now, beside what is being sampled."""
     async with generator.held() as held_since:
         await sync_weights(session, held_since)
-    await evaluate_policy(session, "during")
+    # Not `evaluate_policy`: engines sample again, and one that comes back now gets its weights beside the others' work.
+    await evaluate(session, "during", session.progress.step)

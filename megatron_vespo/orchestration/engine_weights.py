@@ -12,6 +12,9 @@ from megatron_vespo.rollout.client import EngineClient
 
 T = TypeVar("T")
 
+STOPPING_SECONDS = 10.0
+"""To be sure that an engine failed, and to stop it, before it is started again."""
+
 
 async def send_weights(
     session: Session, receivers: Callable[[], list[EngineClient]], held_since: float | None = None
@@ -20,6 +23,8 @@ async def send_weights(
     session.console.phase("syncing weights")
     started = held_since or time.monotonic()
     report = await deliver(session, receivers)
+    if report is None:
+        return
     session.record(
         "sync",
         session.progress.step,
@@ -38,12 +43,18 @@ async def send_weights(
     )
 
 
-async def deliver(session: Session, receivers: Callable[[], list[EngineClient]]) -> SyncReport:
-    """Engines that fail at it are taken out, and it begins again with those that are left, or that came back."""
+async def deliver(session: Session, receivers: Callable[[], list[EngineClient]]) -> SyncReport | None:
+    """Engines that fail at it are taken out, and it begins again with those that are left, or that came back.
+
+    None: no receiver is left, and others serve.
+    """
     engines, step = session.engines, session.progress.step
     while True:
         if not (clients := receivers()):
-            seconds = session.config.rollout.engine.startup_timeout_seconds
+            if engines.fleet.clients:
+                return None
+            engine = session.config.rollout.engine
+            seconds = (engine.max_restarts + 1) * (engine.startup_timeout_seconds + STOPPING_SECONDS)
             await session.sampler.supervisor.wait(
                 "wait for an engine to be started again", engines.came_back(), seconds, owner="engines"
             )

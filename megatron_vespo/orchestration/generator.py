@@ -72,6 +72,7 @@ class Generator:
             RunFailed: a group could not be sampled or graded, or none came in time.
         """
         supervisor, timeout = self._session.sampler.supervisor, self._session.config.rollout.engine
+        self.start()  # engines may have come back while nothing was being sampled
         while self._failure is not None or (chosen := self.ledger.choose(self.complete)) is None:
             self._changed.clear()
             missing = len(self.ledger.waited_for(self.complete))
@@ -167,9 +168,8 @@ class Generator:
             if self._failure is None:
                 try:
                     self.start()
-                except (
-                    Exception
-                ) as error:  # raised in a callback, it would be logged and forgotten: `next_step` tells it
+                except Exception as error:
+                    # Raised in a callback, it would be logged and forgotten: `next_step` tells it.
                     self._failure = error
         self.busy.set(bool(self._running), time.monotonic())
         self._changed.set()

@@ -71,7 +71,6 @@ class Parts:
             engine_dtype=engine.dtype or config.model.dtype,
             backend=communication_backend(gpus),
         )
-        await timed("weight transport", self._weights.connect(self._engines.present))
         return Session(
             config=config,
             engines=self._engines,

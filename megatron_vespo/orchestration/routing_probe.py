@@ -70,9 +70,8 @@ async def probe_engine_routes(session: Session) -> None:
 
 
 async def sample_probe(session: Session, stream: str, prompts: int, samples: int, max_tokens: int) -> list[Group]:
-    """Responses to the first held-out prompts, under exactly the weights that the engine holds; not graded."""
-    config, version = session.config, session.engines.weight_version
-    assert version is not None
+    """Responses to the first held-out prompts, under exactly the weights that the trainer holds, as engines do since the last sync; not graded."""
+    config, version = session.config, session.progress.step
     generation = Generation(
         samples=samples,
         sampling=config.rollout.sampling,

@@ -85,6 +85,8 @@ class WeightUpdater:
         self._transport = ""
         self._held: dict[EngineClient, int] = {}
         """The weight version of each engine that a sync brought one; all others are new."""
+        self._flushed: set[EngineClient] = set()
+        """Engines whose caches hold nothing of before this object's first sync of them."""
         self._abandoned: tuple[list[EngineClient], Receivers] | None = None
         """Engines that are connected to trainer processes that are gone."""
         self.cache_version: int | None = None
@@ -168,18 +170,22 @@ class WeightUpdater:
             await self.connect(engines)
         connected = clock()
         held, self._held = self._held, {}  # after a failure on the way none is known to hold anything
-        within = await self._send(weight_version, None if set(engines) - set(held) else min(held.values()))
+        within = await self._send(
+            weight_version, None if set(engines) - set(held) else min(held[client] for client in engines)
+        )
         sent = clock()
         new = [client for client in engines if client not in held]
-        await self._flush(list(engines) if self._config.flush_cache else new, weight_version)
+        served = [client for client in engines if client not in self._flushed]
+        await self._flush(list(engines) if self._config.flush_cache else served, weight_version)
+        self._flushed |= set(engines)
         flushed = clock()
         due = self.syncs % self._config.verify_every == 0
         checked = list(engines) if due else new
         if checked:
-            await self._verify(checked)
+            await self._verify(checked, held_elsewhere=bool(set(held) - set(engines)))
         # Last: a sync that failed is made again from its start.
         self.syncs += 1
-        self._held |= dict.fromkeys(engines, weight_version)
+        self._held = held | dict.fromkeys(engines, weight_version)
         return SyncReport(
             weight_version=weight_version,
             transport=self._transport,
@@ -236,6 +242,7 @@ class WeightUpdater:
                 failures = await self._each(load, deadline - started, trainer=trainer)
                 seconds += time.monotonic() - started
             if not failures:
+                await taking  # else it might be told last that less was released
                 await self._take(count, count, deadline)
         finally:
             taking.cancel()
@@ -265,8 +272,11 @@ class WeightUpdater:
         elif self.cache_version is None:
             self.cache_version = weight_version
 
-    async def _verify(self, engines: Sequence[EngineClient]) -> None:
-        """Raises EnginesFailed for engines that hold other weights than the trainer; RunFailed if that is all of them."""
+    async def _verify(self, engines: Sequence[EngineClient], held_elsewhere: bool) -> None:
+        """Raises EnginesFailed for engines that hold other weights than the trainer; RunFailed if that is all of them.
+
+        `held_elsewhere`: there are further engines, which got weights before.
+        """
         found: dict[EngineClient, list[dict[str, str]]] = {}
 
         async def ask(client: EngineClient) -> None:
@@ -287,7 +297,7 @@ class WeightUpdater:
             + "; ".join(differences[:TENSORS_NAMED])
             for name, differences in wrong.items()
         }
-        if len(wrong) == len(self._engines):
+        if len(wrong) == len(self._engines) and not held_elsewhere:
             details = "\n".join(f"{name}: {line}" for name, differences in wrong.items() for line in differences)
             raise RunFailed("weight sync", str(EnginesFailed(told)), details=details)
         if failures | told:

@@ -115,7 +115,7 @@ class EngineClient(EngineHttp):
             raise self._nonsense("/generate", f"expected a list of {len(input_ids)} responses", answer)
         try:
             return [read_output(item) for item in answer]
-        except (KeyError, TypeError, ValueError) as error:
+        except (LookupError, TypeError, ValueError, OverflowError, AttributeError) as error:
             raise self._nonsense("/generate", f"unreadable response ({error!r})", answer) from error
 
     async def _pass_through(self, endpoint: str, body: dict[str, Any]) -> Any:

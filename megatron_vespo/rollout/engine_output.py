@@ -55,7 +55,7 @@ def read_output(item: dict[str, Any]) -> EngineOutput:
         finish_reason=finish["type"],
         finish_detail=str(finish.get("message") or ""),
         weight_spans=tuple(
-            WeightSpan(span["version"], span["start"], span["end"]) for span in meta.get("weight_versions") or ()
+            WeightSpan(str(span["version"]), span["start"], span["end"]) for span in meta.get("weight_versions") or ()
         ),
         cached_tokens=meta.get("cached_tokens", 0),
         retractions=meta.get("num_retractions") or 0,

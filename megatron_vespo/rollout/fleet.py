@@ -112,6 +112,10 @@ class Place:
         assert self._client is not None
         return self._client
 
+    def answered(self) -> None:
+        """A request of the group was answered well."""
+        self._failed = []
+
     def failed(self, client: EngineClient, error: RunError) -> None:
         """The next request goes elsewhere.
 

@@ -176,6 +176,7 @@ async def request(place: Place, generation: Generation, responses: list[Response
                 left = ending_of(generation, response).max_tokens - response.num_tokens
                 check(output, generation, response.name, left)
                 check_versions(output, before, client.given_version, response.name)
+            place.answered()
             return outputs
         except (EngineError, Nonsense) as error:
             if isinstance(error, EngineError) and error.refused:

@@ -45,8 +45,6 @@ class CollectiveSender(Sender):
             raise RuntimeError("; ".join(failures))
 
     def publish(self, index: int, slot: torch.Tensor, weight_version: int, since: int | None) -> None:
-        for group in self._groups if index == 0 else ():
-            group.sent = 0
         for group in self._groups:
             group.jobs.put(slot)
 
@@ -61,7 +59,12 @@ class CollectiveSender(Sender):
 
     def _sent(self) -> None:
         """A group connected, or sent a bucket, or failed."""
-        self._set(released=min((group.sent for group in self._groups), default=0))
+        with self._changed:  # together: a count of a sending that has ended must not reach the next one
+            self._set(released=min((group.sent for group in self._groups), default=0))
+
+    def forget_sent(self) -> None:
+        for group in self._groups:
+            group.sent = 0
 
 
 class BroadcastGroup:

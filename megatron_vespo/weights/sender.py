@@ -82,6 +82,7 @@ class Sender(ABC):
             self._slots = []
         with self._changed:  # now, for `take` may be called before the next sending begins
             self._filled = self._released = 0
+            self.forget_sent()
         return SendTimes(gathered - started - waited, waited)
 
     def take(self, index: int, copies: int, released: int) -> Any:
@@ -108,6 +109,10 @@ class Sender(ABC):
         """Let `send` return soon, whatever engines do. This sender can only be closed then."""
         self._abandoned = True
         self._set()
+
+    def forget_sent(self) -> None:
+        """A sending ended: what a transport counts of it counts from 0 again. Called while the lock is held."""
+        return
 
     @abstractmethod
     def publish(self, index: int, slot: torch.Tensor, weight_version: int, since: int | None) -> None:

@@ -117,6 +117,8 @@ def nonsense(path: str, value):
         nonsense("output_token_logprobs", [[float("nan"), 3, None]] * 4),
         nonsense("output_token_logprobs", [[-1.0, 3, None]] * 3),
         nonsense("output_token_logprobs", None),
+        nonsense("output_token_logprobs", [[]] * 4),
+        nonsense("output_ids", [2**40] * 4),
         nonsense("weight_versions", [{"version": "6", "start": 0, "end": 4}]),
         nonsense("weight_versions", [{"version": "default", "start": 0, "end": 4}]),
         nonsense("finish_reason", {"type": "abort", "message": "out of memory", "status_code": 500}),
