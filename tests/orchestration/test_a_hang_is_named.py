@@ -45,7 +45,7 @@ def test_a_stopped_rank_is_named_and_every_other_process_tells_where_it_is(run, 
     parts = {part.name: part for part in read_status(folder).parts}
     assert set(parts) == {
         *("driver", "policy rank 0", "policy rank 1", "graders 0", "graders 1"),
-        *("engine", "engine actor", "engine scheduler", "engine detokenizer"),
+        *("engine 0", "engine 0 actor", "engine 0 scheduler", "engine 0 detokenizer"),
     }
     assert {part.state for part in parts.values()} == {"alive"}
     assert parts["driver"].pid == run.process.pid
@@ -69,10 +69,10 @@ def test_a_stopped_rank_is_named_and_every_other_process_tells_where_it_is(run, 
     runs = {
         "driver": "run_interruptible",
         "policy_rank_0": "policy_rank.py",
-        "engine": "run_server",
-        "engine_scheduler": "run_scheduler_process",
-        "engine_detokenizer": "run_detokenizer_process",
-        "engine_actor": "hold",
+        "engine_0": "run_server",
+        "engine_0_scheduler": "run_scheduler_process",
+        "engine_0_detokenizer": "run_detokenizer_process",
+        "engine_0_actor": "hold",
         "graders_0": "receive",
         "graders_1": "receive",
         "tasks": "run_once",

@@ -15,7 +15,7 @@ from megatron_vespo.orchestration import asynchronous
 from megatron_vespo.orchestration.recovery import Recovery
 from megatron_vespo.orchestration.training_run import Resume, run_training_loop
 
-pytestmark = pytest.mark.timeout(1800)  # processes are started again and again
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]  # processes are started again and again
 
 STEPS, BOUND, KILLED, POISON = 16, 7, (0, 5), 10
 SETTINGS = (

@@ -104,6 +104,7 @@ def test_an_asynchronous_run_outlives_the_only_engine(tmp_path, monkeypatch):
     assert summary["dropped_for_age"] == 0
 
 
+@pytest.mark.slow
 def test_without_restarts_the_first_death_ends_the_run_with_its_cause(tmp_path, monkeypatch):
     monkeypatch.setattr(generate, "request", Disturbed({("rollout/0", 2): signal.SIGKILL}))
     with pytest.raises(RunError, match=r"^engine 0: .*killed by SIGKILL"):

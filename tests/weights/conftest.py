@@ -5,7 +5,7 @@ from tiny_engine import write_tiny_qwen3_moe
 from weight_trainer import Trainer, running_trainer
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="module")  # no longer: runs in the same process start a Ray of their own
 def trainer(tmp_path_factory) -> Iterator[Trainer]:
     with running_trainer(tmp_path_factory.mktemp("trainer")) as trainer:
         yield trainer

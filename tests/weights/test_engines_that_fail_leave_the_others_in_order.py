@@ -61,7 +61,9 @@ def fail(trainer, updater, victim, survivor, number: int) -> EnginesFailed:
     return failure.value
 
 
-@pytest.mark.parametrize("transport", TRANSPORTS)
+@pytest.mark.parametrize(
+    "transport", [TRANSPORTS[0], *(pytest.param(name, marks=pytest.mark.slow) for name in TRANSPORTS[1:])]
+)
 def test_an_engine_that_is_stopped(trainer, victim, survivor, other_weights, tmp_path, transport):
     trainer.load(other_weights)
     updater = trainer.updater(**settings_of(transport, tmp_path), timeout_seconds=25.0)
