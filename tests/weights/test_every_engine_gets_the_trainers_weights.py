@@ -104,7 +104,11 @@ def test_a_wrong_tensor_is_found_on_the_engine_that_has_it(trainer, engine, shar
     assert "rank 1: model.layers.1.mlp.experts.w2_weight: differs" in str(failure.value)
     assert trainer.run(updater.sync(1, clients)).verified  # the same process, come back as a new client
 
-    with pytest.raises(RunFailed, match=r"w2_weight: differs"):
+    with pytest.raises(EnginesFailed, match=r"w2_weight: differs"):  # others hold what they were sent before
         trainer.run(updater.sync(2, [corrupted]))
     trainer.run(updater.disconnect())
+    alone = trainer.updater()
+    with pytest.raises(RunFailed, match=r"w2_weight: differs"):
+        trainer.run(alone.sync(3, [corrupted]))
+    trainer.run(alone.disconnect())
     shutil.rmtree(tmp_path)
