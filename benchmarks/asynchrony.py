@@ -161,9 +161,9 @@ async def generate_alone(session: Session, prompts: list[Prompt], run_seed: int 
     """Seconds of sampling and grading; `changes` of the rollout settings. The groups are kept in the session's progress,
     in the order of their prompts."""
     config, sampler = session.config, session.sampler
-    version = session.weights.weight_version
+    version = session.engines.weight_version
     stream = generate_groups(
-        sampler.client,
+        sampler.fleet,
         prompts,
         config.rollout.model_copy(update=changes),
         stop_token_ids=sampler.tokenizer.stop_token_ids,
@@ -182,7 +182,7 @@ async def generate_alone(session: Session, prompts: list[Prompt], run_seed: int 
 
 async def measure_decoding(session: Session, prompts: list[Prompt]) -> tuple[list[tuple[int, float]], float]:
     """Seconds of a decode iteration by running requests, and prompt tokens a second, each prompt counted once."""
-    rollout, client = session.config.rollout, session.sampler.client
+    rollout, (client,) = session.config.rollout, session.sampler.fleet.clients
     largest = rollout.concurrent_groups
     points, prefills = [], []
     for groups, samples in ((1, 2), (1, 8), (max(1, largest // 3), 8), (largest, 8)):
@@ -234,7 +234,8 @@ def measure_alone(found: dict[str, Alone]) -> Loop:
         pin_processes()
         prompts = session.prompts.take(algorithm.steps * algorithm.prompts_per_step)
         await generate_alone(session, prompts[: 2 * session.config.rollout.concurrent_groups])  # warms up
-        await session.sampler.client.flush_cache()
+        (client,) = session.sampler.fleet.clients
+        await client.flush_cache()
         cpu, before = {}, cpu_seconds()
         generation = await generate_alone(session, prompts)
         cpu["generation"] = used_since(before)
