@@ -4,6 +4,7 @@ What is simulated is who waits for whom: engines whose speed falls with the requ
 complete with their longest response, steps, weight updates. What is sampled and learned is not.
 """
 
+from abc import ABC, abstractmethod
 from collections import Counter
 from dataclasses import dataclass
 from functools import partial
@@ -58,7 +59,7 @@ def simulate(cluster: Cluster, workload: Workload) -> Outcome:
     return run.outcome()
 
 
-class _Run:
+class _Run(ABC):
     """What both loops have: engines, groups in flight, a trainer that takes one step at a time."""
 
     def __init__(self, cluster: Cluster, workload: Workload) -> None:
@@ -75,12 +76,13 @@ class _Run:
         self.updates_mid_generation = 0
         self._ended: dict[int, list[Request]] = {}
 
+    @abstractmethod
     def begin(self) -> None:
-        raise NotImplementedError
+        """Start what can start before anything ended."""
 
+    @abstractmethod
     def changed(self) -> None:
         """Something ended: start what can start."""
-        raise NotImplementedError
 
     def sample(self, group: int) -> None:
         """All its responses on the engine with the fewest."""
@@ -108,8 +110,9 @@ class _Run:
         self.training_seconds += seconds
         self.clock.after(seconds, self._trained)
 
+    @abstractmethod
     def trained(self) -> None:
-        raise NotImplementedError
+        """A step ended."""
 
     def outcome(self) -> Outcome:
         if len(self.step_ends) < self.workload.steps:

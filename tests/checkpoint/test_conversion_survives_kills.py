@@ -69,7 +69,9 @@ def test_a_rerun_succeeds_after_a_kill_at_any_moment(hf, tmp_path, direction):
     reference = contents(tmp_path / "reference")
     moments = random.Random(0)
     resumed = 0
-    for number in range(KILLS):
+    for number in range(3 * KILLS):
+        if number >= KILLS and resumed > KILLS // 4:  # a busy machine may need more: moments are of an idle one's time
+            break
         target = tmp_path / f"out-{number}"
         workshop = tmp_path / f".out-{number}.incomplete"
         killed_after(moments.uniform(0, duration), lambda target=target: convert(source, target))
@@ -82,7 +84,7 @@ def test_a_rerun_succeeds_after_a_kill_at_any_moment(hf, tmp_path, direction):
             convert(source, target)
         assert contents(target) == reference
         assert not workshop.exists()
-    assert resumed >= 2  # the moments lie in the conversion, not before it
+    assert resumed > KILLS // 4  # the moments lie in the conversion, not before it
 
 
 def test_a_kill_between_renaming_and_cleaning_up_is_completed(hf, tmp_path):
