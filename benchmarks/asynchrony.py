@@ -404,6 +404,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="write the figures here, as JSON")
     parser.add_argument("overrides", nargs="*", help="settings of all runs, as key.path=value")
     options = parser.parse_args()
+    if options.steps % SYNC_EVERY or options.steps < 2 * SYNC_EVERY:
+        parser.error(f"--steps {options.steps}: a multiple of {SYNC_EVERY}, at least {2 * SYNC_EVERY}")
     if len(os.sched_getaffinity(0)) < 2:
         parser.error("needs two cores")
     about = {

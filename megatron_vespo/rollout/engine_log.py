@@ -6,7 +6,14 @@ import re
 ENTRY = re.compile(r"^\[\d{4}-\d\d-\d\d ", re.MULTILINE)
 HARMLESS = ("post-warmup freeze_gc failed", "Ignore import error")
 """Entries that SGLang prints, with a traceback, on the way to a healthy server."""
+FATAL = "hit an exception: Traceback"
+"""With this a process of the server says why it will end them all, by SIGKILL where it is quick."""
 EXCEPTION = re.compile(r"^(?:\w+\.)*\w*(?:Error|Exception|Interrupt|Exit|Warning)\b.*")
+
+
+def says_why(log: str) -> bool:
+    """Whether the server ended by an exception of its own, so that `first_cause` is why, whatever signal it died of."""
+    return FATAL in log
 
 
 def first_cause(log: str) -> str:

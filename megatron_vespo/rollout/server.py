@@ -29,7 +29,7 @@ from megatron_vespo.rollout.engine_arguments import (
     command_line_arguments,
 )
 from megatron_vespo.rollout.engine_http import authorization
-from megatron_vespo.rollout.engine_log import first_cause
+from megatron_vespo.rollout.engine_log import first_cause, says_why
 
 logger = logging.getLogger(__name__)
 
@@ -235,13 +235,13 @@ class EngineServer:
         """Raises EngineServerError with the first cause when the server has ended by itself."""
         if self._process is None or self.is_alive():
             return
-        code = self._process.returncode
-        if code == -signal.SIGKILL:  # it had no time to write why
+        code, log = self._process.returncode, self._log_text()
+        if code == -signal.SIGKILL and not says_why(log):
             raise EngineServerError(
                 f"the engine was killed by SIGKILL, by somebody or for want of memory (log: {self._log_path})"
             )
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-        raise EngineServerError(f"the engine {how}: {first_cause(self._log_text())} (log: {self._log_path})")
+        raise EngineServerError(f"the engine {how}: {first_cause(log)} (log: {self._log_path})")
 
     def _log_text(self) -> str:
         with self._log_path.open("rb") as log:

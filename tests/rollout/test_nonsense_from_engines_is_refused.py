@@ -10,7 +10,7 @@ from rollouts import random_prompts
 from megatron_vespo.config import ConfigError, RolloutConfig, SamplingConfig
 from megatron_vespo.rollout.client import EngineClient
 from megatron_vespo.rollout.engine_http import EngineError
-from megatron_vespo.rollout.engine_log import first_cause
+from megatron_vespo.rollout.engine_log import first_cause, says_why
 from megatron_vespo.rollout.engine_output import EngineOutput, WeightSpan
 from megatron_vespo.rollout.fleet import Fleet
 from megatron_vespo.rollout.generate import generate_groups, generate_responses
@@ -215,3 +215,5 @@ def test_the_first_cause_is_found_in_a_log():
         "serve.py: error: unrecognized arguments: --nope"
     )
     assert first_cause("") == "it printed nothing"
+    harmless = LOG[: LOG.index("[2026-01-01 00:00:02]")]
+    assert says_why(LOG) and not says_why(harmless)
