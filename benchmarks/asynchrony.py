@@ -5,11 +5,14 @@ OMP_NUM_THREADS=1 python benchmarks/asynchrony.py --out results/asynchrony.json
 All runs have the same prompts, the same response lengths (drawn from a long tail, `rollout.response_length`) and the
 same number of steps. The engine's processes run on one core, the trainer's on another; the driver, Ray and the graders
 may run on both. Alone, in the same processes, generation and training do the same work one after the other: the larger
-of the two times is what a run could not be faster than. What the simulation (`megatron_vespo.planning`) predicts stands
-beside it; its rates are taken from these two alone, never from the runs that it predicts.
+of the two times is what a run could not be faster than. At once, without a weight update and without waiting for one
+another, tells what two cores that share caches, memory and a driver are worth here. What the simulation
+(`megatron_vespo.planning`) predicts stands beside it; its rates are taken from the two alone, never from the runs that it
+predicts.
 """
 
 import argparse
+import asyncio
 import importlib.metadata
 import json
 import os
@@ -100,11 +103,13 @@ class Alone:
 
     Attributes:
         generation, training: seconds.
+        at_once: seconds of both side by side, neither waiting for the other.
         cpu: of each, CPU seconds by role.
     """
 
     generation: float
     training: float
+    at_once: float
     cpu: dict[str, dict[str, float]]
     prompts: list[Prompt]
     rates: Rates
@@ -200,8 +205,10 @@ async def measure_decoding(session: Session, prompts: list[Prompt]) -> tuple[lis
     return points, prefills[-1]
 
 
-async def train_alone(session: Session, groups: list[Group], steps: int) -> tuple[float, int, list[float]]:
-    """All steps on groups in order, with weight updates of an idle engine between, which are timed apart.
+async def train_alone(
+    session: Session, groups: list[Group], steps: int, update: bool = True
+) -> tuple[float, int, list[float]]:
+    """All steps on groups in order, with weight updates of an idle engine between if wanted, which are timed apart.
 
     Returns:
         Seconds without the updates; tokens; seconds of each update.
@@ -220,7 +227,7 @@ async def train_alone(session: Session, groups: list[Group], steps: int) -> tupl
         await train_step(session, trajectories)
         tokens += sum(len(t.prompt.token_ids) + len(t.response_ids) for t in trajectories)
         training += time.monotonic() - started
-        if progress.step % SYNC_EVERY == 0 and progress.step < steps:
+        if update and progress.step % SYNC_EVERY == 0 and progress.step < steps:
             started = time.monotonic()
             await sync_weights(session)
             updates.append(time.monotonic() - started)
@@ -247,8 +254,17 @@ def measure_alone(found: dict[str, Alone]) -> Loop:
         before = cpu_seconds()
         training, tokens, updates = await train_alone(session, groups, algorithm.steps)
         cpu["training"] = used_since(before)
+        session.progress.step = 0
+        await client.flush_cache()
+        before, started = cpu_seconds(), time.monotonic()
+        await asyncio.gather(
+            generate_alone(session, prompts), train_alone(session, groups, algorithm.steps, update=False)
+        )
+        at_once = time.monotonic() - started
+        cpu["at once"] = used_since(before)
+        session.progress.mini_batches = []
         rates = Rates(decode, prefill, training / tokens, statistics.median(updates))
-        found["alone"] = Alone(generation, training, cpu, prompts, rates)
+        found["alone"] = Alone(generation, training, at_once, cpu, prompts, rates)
 
     return loop
 
@@ -347,6 +363,7 @@ def figures_of(found: RunFolder, config: TrainConfig, mode: str, alone: Alone) -
         "max_staleness": BOUNDS[mode] if BOUNDS[mode] is not None else SYNC_EVERY - 1,
         "seconds": round(seconds, 1),
         "ideal_over_wall": round(max(alone.generation, alone.training) / seconds, 3),
+        "at_once_over_wall": round(alone.at_once / seconds, 3),
         "trainer_waited_seconds": round(sum(waited), 1) if waited else None,
         "training_seconds": round(sum(row["time/train"] for row in found.kind("step")), 1),
         "sync_seconds": round(sum(row["time/sync"] for row in found.kind("sync")), 1),
@@ -357,49 +374,74 @@ def figures_of(found: RunFolder, config: TrainConfig, mode: str, alone: Alone) -
     }
 
 
-async def measure(folder: Path, steps: int, update: str, overrides: Sequence[str]) -> dict:
-    configs = {mode: run_config(folder, mode, steps, update, overrides) for mode in BOUNDS}
+async def measure(folder: Path, options: argparse.Namespace) -> list[dict]:
+    """Each round holds all that is compared, side by side in time: the machine is shared, and its speed changes."""
+    rounds = []
+    steps, update, overrides = options.steps, options.update, options.overrides
     warm_up = run_config(folder / "warm_up", "asynchronous", SYNC_EVERY, update, overrides)
-    first = configs["synchronous"].model_copy(update={"run_dir": str(folder / "alone")})
-    found: dict[str, Alone] = {}
-    async with Runtime(first.policy.ranks + 1, folder, LOOPBACK) as runtime:
+    async with Runtime(warm_up.policy.ranks + 1, folder, LOOPBACK) as runtime:
         parts = Parts(runtime)
         await run(parts, warm_up, measured(warm_up, {}))
-        await run(parts, first, measure_alone(found))
-        alone = found["alone"]
-        print(f"alone: generation {alone.generation:.1f} s, training {alone.training:.1f} s, {alone.rates}", flush=True)
-        print(f"CPU seconds: {alone.cpu}", flush=True)
-        runs = {}
-        for mode, config in configs.items():
-            cpu: dict[str, float] = {}
-            found_run = await run(parts, config, measured(config, cpu))
-            runs[mode] = figures_of(found_run, config, mode, alone) | {"cpu_seconds": cpu}
-            print(mode, runs[mode], flush=True)
-    return {
+        for number in range(options.rounds):
+            own = folder / f"round_{number}"
+            configs = {mode: run_config(own, mode, steps, update, overrides) for mode in BOUNDS}
+            rounds.append(await measure_round(parts, own, configs))
+    return rounds
+
+
+async def measure_round(parts: Parts, folder: Path, configs: dict[str, TrainConfig]) -> dict:
+    found: dict[str, Alone] = {}
+    alone_config = configs["synchronous"].model_copy(update={"run_dir": str(folder / "alone")})
+    await run(parts, alone_config, measure_alone(found))
+    alone = found["alone"]
+    figures = {
         "generation_alone_seconds": round(alone.generation, 1),
         "training_alone_seconds": round(alone.training, 1),
-        "cpu_seconds_alone": alone.cpu,
+        "at_once_seconds": round(alone.at_once, 1),
+        "cpu_seconds": alone.cpu,
         "rates": asdict(alone.rates),
-        "runs": runs,
+        "runs": {},
     }
+    print(figures, flush=True)
+    for mode, config in configs.items():
+        cpu: dict[str, float] = {}
+        found_run = await run(parts, config, measured(config, cpu))
+        figures["runs"][mode] = figures_of(found_run, config, mode, alone) | {"cpu_seconds": cpu}
+        print(mode, figures["runs"][mode], flush=True)
+    return figures
 
 
-def table(figures: dict) -> str:
-    lines = ["run             | S  | wall s | ideal / wall | predicted s | predicted / measured | staleness, mean"]
-    for mode, entry in figures["runs"].items():
-        ages = entry["staleness"]
-        mean = sum(age * count for age, count in ages.items()) / sum(ages.values())
-        lines.append(
-            f"{mode:15} | {entry['max_staleness']:2d} | {entry['seconds']:6.1f} | {entry['ideal_over_wall']:12.2f} | "
-            f"{entry['predicted']['seconds']:11.1f} | {entry['predicted_over_measured']:20.2f} | {mean:.1f}"
-        )
-    alone = f"generation {figures['generation_alone_seconds']} s, training {figures['training_alone_seconds']} s"
-    return "\n".join([f"alone: {alone}", *lines])
+def table(rounds: list[dict]) -> str:
+    """The median of the rounds, and their range."""
+
+    def spread(values: list[float], digits: int = 2) -> str:
+        return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+
+    names = {"generation alone": "generation_alone_seconds", "training alone": "training_alone_seconds"}
+    names["at once"] = "at_once_seconds"
+    lines = [f"{name}: {spread([found[key] for found in rounds], 1)} s" for name, key in names.items()]
+    columns = {
+        "wall s": ("seconds", 1),
+        "ideal / wall": ("ideal_over_wall", 2),
+        "at once / wall": ("at_once_over_wall", 2),
+        "predicted / measured": ("predicted_over_measured", 2),
+    }
+    lines += ["", " | ".join(["run             | S ", *(f"{name:22}" for name in columns), "mean staleness"])]
+    for mode in BOUNDS:
+        runs = [found["runs"][mode] for found in rounds]
+        cells = [f"{spread([run[key] for run in runs], digits):22}" for key, digits in columns.values()]
+        ages = Counter()
+        for entry in runs:
+            ages.update(entry["staleness"])
+        mean = sum(age * count for age, count in ages.items()) / ages.total()
+        lines.append(" | ".join([f"{mode:15}", f"{runs[0]['max_staleness']:2d}", *cells, f"{mean:.1f}"]))
+    return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=64, help=f"a multiple of {SYNC_EVERY}")
+    parser.add_argument("--rounds", type=int, default=3, help="how often everything is measured")
     parser.add_argument("--update", choices=("abort", "in_place", "wait"), default="abort")
     parser.add_argument("--out", type=Path, help="write the figures here, as JSON")
     parser.add_argument("overrides", nargs="*", help="settings of all runs, as key.path=value")
@@ -419,13 +461,11 @@ def main() -> None:
         "update": options.update,
     }
     with tempfile.TemporaryDirectory() as folder:
-        figures = about | run_interruptible(
-            lambda: measure(Path(folder), options.steps, options.update, options.overrides)
-        )
-    print(table(figures))
+        rounds = run_interruptible(lambda: measure(Path(folder), options))
+    print(table(rounds))
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(figures, indent=1) + "\n")
+        options.out.write_text(json.dumps(about | {"rounds": rounds}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
