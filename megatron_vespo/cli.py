@@ -186,6 +186,28 @@ def status(
     Console(highlight=False).print(view(found))
 
 
+@app.command()
+def doctor(
+    config: Annotated[
+        Path | None, typer.Argument(help="YAML configuration, whose needs are checked as well.", metavar="[CONFIG]")
+    ] = None,
+    overrides: Overrides = None,
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+    lock: Annotated[Path | None, typer.Option(help="Versions to compare with; else the lock for this host.")] = None,
+    shm_gb: Annotated[float, typer.Option(help="Free GiB that /dev/shm shall have.")] = 1.0,
+    disk_gb: Annotated[float, typer.Option(help="Free GiB of a run's folder, where CONFIG does not tell.")] = 5.0,
+    import_seconds: Annotated[float, typer.Option(help="Longest that one import may take.")] = 120.0,
+) -> None:
+    """What this host has and lacks, what that costs, and what mends it. Exit code 1: a run would not work here."""
+    from megatron_vespo.doctor import Options, as_text, examine, is_fit
+    from megatron_vespo.doctor import as_json as json_of
+
+    findings = examine(Options(config, tuple(overrides or ()), lock, shm_gb, disk_gb, import_seconds))
+    print(json_of(findings) if as_json else as_text(findings))
+    if not is_fit(findings):
+        raise typer.Exit(1)
+
+
 def main() -> None:
     """Exit codes: 0 done, 1 the run failed, 2 a mistake in the input, 128 + n stopped by signal n."""
     sys.exit(exit_code(app))
