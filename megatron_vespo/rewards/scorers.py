@@ -6,6 +6,7 @@ process (rewards.pool), never in the driver.
 
 import logging
 from collections.abc import Callable
+from functools import partial
 from typing import Any, cast
 
 from megatron_vespo.config import ConfigError, CustomSource, FileSource, ReasoningGymSource, Source
@@ -40,11 +41,14 @@ def build_scorer(source: Source, key: str) -> Scorer:
 
 
 def named_scorer(name: str, key: str) -> RowScorer:
-    """`exact_match`, `math_verify`, or a function by its dotted path."""
+    """`exact_match`, `math_verify`, or a function by its dotted path.
+
+    Libraries are loaded here, where a worker starts, and not at its first grading, within the deadline of that one.
+    """
     if name == "exact_match":
-        return exact_match
+        return exact_match_scorer()
     if name == "math_verify":
-        return math_verify
+        return math_verify_scorer()
     if ":" not in name:
         raise ConfigError(
             f"{key}: no scorer is called '{name}'; use exact_match, math_verify or package.module:function"
@@ -52,30 +56,39 @@ def named_scorer(name: str, key: str) -> RowScorer:
     return load_function(name, key)
 
 
-def exact_match(response: str, answer: object, row: dict) -> float:
+def exact_match_scorer() -> RowScorer:
     """1.0 if the last <answer>...</answer> (the whole response where there is none) equals the answer, but for space."""
     from reasoning_gym.utils import extract_answer
 
-    given = extract_answer(response)
-    return float((response if given is None else given).strip() == str(answer).strip())
+    def grade(response: str, answer: object, row: dict) -> float:
+        given = extract_answer(response)
+        return float((response if given is None else given).strip() == str(answer).strip())
+
+    return grade
 
 
-def math_verify(response: str, answer: object, row: dict) -> float:
-    """1.0 if math-verify finds the response's final expression equal to the answer (LaTeX or a number).
+def math_verify_scorer() -> RowScorer:
+    r"""1.0 if math-verify finds what a response concludes equal to the answer (LaTeX or a number).
 
-    Raises:
-        ValueError: the reference answer itself is not an expression.
+    All \boxed{} of a response count, as one set where they differ: naming several answers is not right.
+    It raises ValueError where the reference answer itself is not an expression.
     """
     from math_verify import parse, verify
 
     # Both limits off: they are soft and read as "wrong"; the pool's deadline is hard and counted.
+    read = partial(parse, parsing_timeout=cast(int, None))
     logging.getLogger("math_verify").setLevel(logging.ERROR)
-    reference = str(answer)
-    delimited = "\\boxed" in reference or "$" in reference
-    gold = parse(reference if delimited else f"\\boxed{{{reference}}}", parsing_timeout=cast(int, None))
-    if not gold:
-        raise ValueError(f"math_verify cannot read the reference answer {reference!r}")
-    return float(verify(gold, parse(response, parsing_timeout=cast(int, None)), timeout_seconds=None))
+    read("\\boxed{1}")  # it compiles its expressions when it is first used
+
+    def grade(response: str, answer: object, row: dict) -> float:
+        reference = str(answer)
+        delimited = "\\boxed" in reference or "$" in reference
+        gold = read(reference if delimited else f"\\boxed{{{reference}}}")
+        if not gold:
+            raise ValueError(f"math_verify cannot read the reference answer {reference!r}")
+        return float(verify(gold, read(response), timeout_seconds=None))
+
+    return grade
 
 
 def reasoning_gym_scorer(source: ReasoningGymSource, key: str) -> Scorer:
