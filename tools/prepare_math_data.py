@@ -50,7 +50,9 @@ def command(
     datasets: Annotated[
         list[str] | None, typer.Argument(help=f"Of {', '.join(DATASETS)}; all by default.", metavar="[NAME[=FILE]]...")
     ] = None,
-    template: Annotated[str, typer.Option(help="The prompt; {question} is the question, {{ and }} are braces.")] = TEMPLATE,
+    template: Annotated[
+        str, typer.Option(help="The prompt; {question} is the question, {{ and }} are braces.")
+    ] = TEMPLATE,
     keep_overlap: Annotated[
         bool, typer.Option("--keep-overlap", help="Report training questions that evaluation has, and keep them.")
     ] = False,
@@ -63,13 +65,18 @@ def command(
     for name, file in files.items():
         tallies[name] = Tally()
         rows = hub_rows(DATASETS[name]) if file is None else local_rows(file)
-        kept[name] = gradable(read_questions(name, rows, tallies[name]), tallies[name], workers)
+        kept[name] = read_questions(name, rows, tallies[name])
+    ungradable = find_ungradable([question for questions in kept.values() for question in questions], workers)
+    for question, outcome in ungradable.items():
+        tallies[question.dataset].drop(f"an answer that math_verify can't grade ({outcome})", question.row)
+    for name, questions in kept.items():
+        kept[name] = [question for question in questions if question not in ungradable]
         if not kept[name]:
-            raise ConfigError(f"{name}: none of {tallies[name].rows} rows can be used: {dict(tallies[name].dropped)}")
+            raise ConfigError(f"{name}: none of {tallies[name].rows} rows can be used: {tallies[name].dropped}")
     overlaps = find_overlaps(of_use(kept, "train"), of_use(kept, "evaluation"))
     if not keep_overlap:
         in_evaluation = {overlap.train for overlap in overlaps}
-        for question in in_evaluation:
+        for question in sorted(in_evaluation, key=lambda question: question.row):
             tallies[question.dataset].drop("in an evaluation set", question.row)
         kept = {name: [q for q in questions if q not in in_evaluation] for name, questions in kept.items()}
     out.mkdir(parents=True, exist_ok=True)
@@ -109,13 +116,16 @@ def of_use(kept: dict[str, list[Question]], use: str) -> Iterable[Question]:
     return (question for name, questions in kept.items() if DATASETS[name].use == use for question in questions)
 
 
-def gradable(questions: list[Question], tally: Tally, workers: int) -> list[Question]:
-    """Those whose answer, given as a response, is found right by the scorer of the run, within its deadline."""
-    empty = np.zeros(0, np.float32)
+def find_ungradable(questions: list[Question], workers: int) -> dict[Question, str]:
+    """Those whose answer, given as a response, the scorer of a run does not find right within its deadline; and why."""
     tried = [
         Trajectory(
-            *(Prompt(f"{q.dataset}/{q.row}", q.text, np.zeros(1, np.int32), 0, {"answer": q.answer}), 0),
-            *(np.zeros(0, np.int32), empty, [], "stop"),
+            prompt=Prompt(f"{q.dataset}/{q.row}", q.text, np.zeros(1, np.int32), 0, {"answer": q.answer}),
+            sample=0,
+            response_ids=np.zeros(0, np.int32),
+            behavior_log_probs=np.zeros(0, np.float32),
+            segments=[],
+            finish_reason="stop",
             text=f"\\boxed{{{q.answer}}}",
         )
         for q in questions
@@ -123,14 +133,11 @@ def gradable(questions: list[Question], tally: Tally, workers: int) -> list[Ques
     source = FileSource(type="file", path="(in memory)", scorer="math_verify")
     with RewardPool(RewardConfig(workers=workers), DataConfig(sources=(source,))) as pool:
         asyncio.run(pool.grade(tried))
-    good = []
-    for question, trajectory in zip(questions, tried, strict=True):
-        if trajectory.outcome == "graded" and trajectory.reward == 1.0:
-            good.append(question)
-        else:
-            outcome = "not equal to itself" if trajectory.outcome == "graded" else trajectory.outcome
-            tally.drop(f"an answer that math_verify can't grade ({outcome})", question.row)
-    return good
+    return {
+        question: "not equal to itself" if trajectory.outcome == "graded" else trajectory.outcome
+        for question, trajectory in zip(questions, tried, strict=True)
+        if trajectory.outcome != "graded" or trajectory.reward != 1.0
+    }
 
 
 def write(questions: list[Question], template: str, path: Path) -> None:
@@ -185,7 +192,9 @@ def print_report(report: dict, out: Path, together: int) -> None:
     overlaps = report["overlap"]["questions"]
     exact = sum(overlap["exact"] for overlap in overlaps)
     fate = "removed from" if report["overlap"]["removed from training"] else "KEPT in"
-    print(f"overlap: {exact} training questions equal one of evaluation, {len(overlaps) - exact} nearly; {fate} training")
+    print(
+        f"overlap: {exact} training questions equal one of evaluation, {len(overlaps) - exact} nearly; {fate} training"
+    )
     for names, count in report["questions in two training sets"].items():
         print(f"{names}: {count:,} questions are in both files")
     if together:

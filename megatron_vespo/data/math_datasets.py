@@ -68,13 +68,14 @@ class Tally:
 
     rows: int = 0
     kept: int = 0
-    dropped: Counter[str] = field(default_factory=Counter)
-    named: dict[str, list[int]] = field(default_factory=lambda: defaultdict(list))
+    dropped: dict[str, int] = field(default_factory=dict)
+    named: dict[str, list[int]] = field(default_factory=dict)
 
     def drop(self, reason: str, row: int) -> None:
-        self.dropped[reason] += 1
-        if len(self.named[reason]) < NAMED:
-            self.named[reason].append(row)
+        self.dropped[reason] = self.dropped.get(reason, 0) + 1
+        named = self.named.setdefault(reason, [])
+        if len(named) < NAMED:
+            named.append(row)
 
 
 def read_questions(name: str, rows: Iterable[dict[str, Any]], tally: Tally) -> list[Question]:
@@ -260,5 +261,3 @@ def hub_rows(dataset: MathDataset) -> Iterator[dict[str, Any]]:
         ) from error
     for row in loaded:
         yield dict(row)
-
-

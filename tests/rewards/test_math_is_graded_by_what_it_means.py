@@ -81,7 +81,14 @@ BOMBS = {
 
 
 def test_an_expression_that_hangs_costs_its_own_reward_and_no_other(trajectory):
-    texts = [r"\boxed{34}", BOMBS["regular expression"], r"\boxed{34}", BOMBS["number"], BOMBS["nesting"], r"\boxed{35}"]
+    texts = [
+        r"\boxed{34}",
+        BOMBS["regular expression"],
+        r"\boxed{34}",
+        BOMBS["number"],
+        BOMBS["nesting"],
+        r"\boxed{35}",
+    ]
     group = [trajectory(text, {"answer": "34"}, sample=number) for number, text in enumerate(texts)]
     config = RewardConfig(workers=3, timeout_seconds=8, on_failure=-0.5)
     with RewardPool(config, DataConfig(sources=(SOURCE,))) as pool:
