@@ -86,6 +86,8 @@ def run_ablation(
     page = out / PAGE
     if failed:
         raise RunError(f"{len(failed)} of {len(planned)} runs failed; {page} compares the others\n" + "\n".join(failed))
+    if not (out / FIGURES).exists():
+        return "no run has begun: nothing to compare"
     left = f"\n{len(todo)} runs are left: the same command goes on with them" if todo else ""
     figures = json.loads((out / FIGURES).read_text())
     return f"\n{table(figures)}\n\ncomparison   {page}\nfigures      {out / FIGURES}{left}"
