@@ -46,6 +46,7 @@ class Cluster:
         interface = "eth0" if sandbox.mode == "namespaces" else "lo"
         settings = ["MODULES=", f"VENV={sys.prefix}", "CONTAINER=none", f"NETWORK_INTERFACE={interface}"]
         settings += [f"SHARED_SCRATCH={sandbox.folder.parent}/shared", f"LOCAL_SCRATCH={sandbox.folder}/local"]
+        settings += [f"RAY_OBJECT_STORE_BYTES={256 * 2**20}"]
         site.write_text("\n".join(settings) + "\n")
         python_path = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         self.environment = environ | sandbox.environment | python_path | {"CLUSTER_ENV": str(site)}
