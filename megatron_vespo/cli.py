@@ -181,6 +181,26 @@ def plan(
 
 
 @app.command()
+def submit(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    nodes: Annotated[int | None, typer.Option(min=1, help="Default: what the configuration needs.")] = None,
+    gpus_per_node: Annotated[int | None, typer.Option(min=0, help="Default: what the template says.")] = None,
+    time: Annotated[str | None, typer.Option(help="Limit, as sbatch takes it (1-12:00:00).")] = None,
+    partition: Annotated[str | None, typer.Option(help="Default: the site's (slurm/cluster.env).")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the job's script and stop.")] = False,
+) -> None:
+    """Hand a training run to Slurm: slurm/train.sbatch, filled from the configuration."""
+    from megatron_vespo.config import TrainConfig, load_config
+    from megatron_vespo.submit import Request, script
+    from megatron_vespo.submit import submit as submit_job
+
+    settings, words = load_config(TrainConfig, config, overrides), [str(config), *(overrides or [])]
+    request = Request(nodes, gpus_per_node, time, partition)
+    print(script(settings, request, words) if dry_run else submit_job(settings, request, words))
+
+
+@app.command()
 def status(
     run: Annotated[Path, typer.Argument(help="Folder of a run.", metavar="RUN")],
     as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
