@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: quickstart quickstart-async compare test test-all check format clean
+.PHONY: quickstart quickstart-async compare test test-all check format clean slurm-deps
 
 quickstart: $(STAMP)
 	$(BIN)/megatron-vespo train examples/quickstart.yaml
@@ -22,6 +22,16 @@ test: check
 
 test-all: check
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+# For tests/slurm and tools/slurm_sandbox.py (Debian, Ubuntu). Services that a package starts do not matter: a sandbox has
+# daemons, ports, sockets and files of its own.
+SLURM_PROGRAMS := slurmctld slurmd sbatch munged shellcheck
+slurm-deps:
+	@if PATH="$$PATH:/usr/sbin" command -v $(SLURM_PROGRAMS) >/dev/null; then exit 0; fi; \
+	if ! command -v apt-get >/dev/null; then echo "slurm-deps: no apt-get here; install Slurm, MUNGE and shellcheck" >&2; exit 1; fi; \
+	if [ "$$(id -u)" != 0 ]; then echo "slurm-deps: apt-get needs root: sudo make slurm-deps" >&2; exit 1; fi; \
+	install="apt-get install -y -qq --no-install-recommends slurmctld slurmd slurm-client munge shellcheck"; \
+	export DEBIAN_FRONTEND=noninteractive; $$install || { apt-get update && $$install; }
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .

@@ -108,7 +108,15 @@ def ablate(
         list[str] | None, typer.Argument(help="Settings of every run, as key.path=value.", metavar="[KEY=VALUE]...")
     ] = None,
     seeds: Annotated[list[int] | None, typer.Option("--seed", help="Instead of the grid's seeds; repeatable.")] = None,
-    minutes: Annotated[float | None, typer.Option(help="Start no further run after so many minutes.")] = None,
+    minutes: Annotated[
+        float | None, typer.Option(help="Start no further run after so many minutes; with 0 runs are only compared.")
+    ] = None,
+    only: Annotated[
+        int | None,
+        typer.Option(
+            min=0, help="Of the runs that --dry-run lists, this one alone, counted from 0; several may go on at once."
+        ),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List the runs and stop.")] = False,
 ) -> None:
     """Many runs of one configuration, compared on one page; goes on where it was stopped."""
@@ -116,6 +124,11 @@ def ablate(
 
     settings = load_config(AblationConfig, grid, settings={"seeds": seeds} if seeds else None)
     planned = plan_runs(settings, grid, output, overrides)
+    if only is not None:
+        if only >= len(planned):
+            raise ConfigError(f"--only {only}: {grid} has {len(planned)} runs, 0 to {len(planned) - 1}")
+        # Others of the grid may go on at this moment, so what is not the run's own has a folder of its own.
+        planned, output = [planned[only]], output / f"only_{only}"
     if dry_run:
         print("\n".join(run.config.run_dir for run in planned))
         return
@@ -165,6 +178,26 @@ def plan(
         print(split_json(speeds, lengths, rows))
     else:
         print_split(speeds, lengths, rows)
+
+
+@app.command()
+def submit(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    nodes: Annotated[int | None, typer.Option(min=1, help="Default: what the configuration needs.")] = None,
+    gpus_per_node: Annotated[int | None, typer.Option(min=0, help="Default: what the template says.")] = None,
+    time: Annotated[str | None, typer.Option(help="Limit, as sbatch takes it (1-12:00:00).")] = None,
+    partition: Annotated[str | None, typer.Option(help="Default: the site's (slurm/cluster.env).")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the job's script and stop.")] = False,
+) -> None:
+    """Hand a training run to Slurm: slurm/train.sbatch, filled from the configuration."""
+    from megatron_vespo.config import TrainConfig, load_config
+    from megatron_vespo.submit import Request, script
+    from megatron_vespo.submit import submit as submit_job
+
+    settings, words = load_config(TrainConfig, config, overrides), [str(config), *(overrides or [])]
+    request = Request(nodes, gpus_per_node, time, partition)
+    print(script(settings, request, words) if dry_run else submit_job(settings, request, words))
 
 
 @app.command()

@@ -21,6 +21,25 @@ class Interface:
 
 
 LOOPBACK = Interface("lo", "127.0.0.1")
+AUTO = "auto"
+
+
+def own_address(target: str) -> str:
+    """This host's address on the way to `target` (ADDRESS:PORT). Nothing is sent."""
+    address, _, port = target.rpartition(":")
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((address, int(port)))
+        except OSError as error:
+            raise ConfigError(f"{target}: there is no way to it from this host ({error.strerror})") from None
+        return probe.getsockname()[0]
+
+
+def choose_interface(wanted: str, known_as: str | None = None) -> Interface:
+    """As `find_interface`; `auto` is loopback, or the interface of the address that this host is `known_as`."""
+    if wanted == AUTO:
+        return LOOPBACK if known_as is None else find_interface(known_as)
+    return find_interface(wanted)
 
 
 def find_interface(wanted: str) -> Interface:

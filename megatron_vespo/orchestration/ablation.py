@@ -12,10 +12,10 @@ from rich.console import Console
 
 from megatron_vespo.config import PlannedRun
 from megatron_vespo.errors import ConfigError, RunError
-from megatron_vespo.interface import find_interface
 from megatron_vespo.observability.comparison import Variant, comparison_rows, write_comparison
 from megatron_vespo.observability.console import RunConsole
 from megatron_vespo.observability.run_folder import read_run
+from megatron_vespo.orchestration.cluster import interface_of
 from megatron_vespo.orchestration.interruption import Interrupted, run_interruptible
 from megatron_vespo.orchestration.parts import Parts
 from megatron_vespo.orchestration.preflight import prepare_training
@@ -62,9 +62,9 @@ def run_ablation(
         return minutes is None or time.monotonic() - started < 60 * minutes
 
     async def train_on() -> None:
-        interface = find_interface(todo[0].config.cluster.interface)
+        cluster = todo[0].config.cluster
         processes = max(run.config.policy.ranks + run.config.rollout.engine.count for run in todo)
-        async with Runtime(processes, out, interface) as runtime:
+        async with Runtime(processes, out, interface_of(cluster), cluster) as runtime:
             parts = Parts(runtime)
             while todo and in_time():
                 await train_one(parts, todo[0], f"[{len(planned) - len(todo) + 1}/{len(planned)}]")
@@ -86,6 +86,8 @@ def run_ablation(
     page = out / PAGE
     if failed:
         raise RunError(f"{len(failed)} of {len(planned)} runs failed; {page} compares the others\n" + "\n".join(failed))
+    if not (out / FIGURES).exists():
+        return "no run has begun: nothing to compare"
     left = f"\n{len(todo)} runs are left: the same command goes on with them" if todo else ""
     figures = json.loads((out / FIGURES).read_text())
     return f"\n{table(figures)}\n\ncomparison   {page}\nfigures      {out / FIGURES}{left}"

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_vespo.config import CheckpointConfig, ConfigError, TrainConfig
+from megatron_vespo.orchestration.interruption import SAVE_SIGNAL, Interrupted
 from megatron_vespo.orchestration.session import Session
 from megatron_vespo.rollout.trajectory_file import write_trajectories
 
@@ -48,10 +49,18 @@ class Checkpoints:
             shutil.rmtree(left)
 
     async def after_step(self) -> None:
-        """Complete what is written by now, and begin a new one if it is due."""
+        """Complete what is written by now, and begin a new one if it is due.
+
+        Raises:
+            Interrupted: the run was asked to save and stop, and has saved.
+        """
         await self.settle(wait=False)
-        if self._config.save_every > 0 and self._session.progress.step % self._config.save_every == 0:
+        stopping = self._session.stop.asked
+        if stopping or (self._config.save_every > 0 and self._session.progress.step % self._config.save_every == 0):
             await self.begin()
+        if stopping:
+            await self.settle(wait=True)
+            raise Interrupted(SAVE_SIGNAL, f", after a checkpoint of step {self._session.progress.step}")
 
     async def begin(self) -> None:
         """Copy the state of now; it is written while training goes on. One that is still being written is waited for."""

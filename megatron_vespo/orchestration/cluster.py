@@ -3,14 +3,17 @@
 import logging
 import shutil
 import signal
+import socket
 import tempfile
 from pathlib import Path
 
 import psutil
 import ray
 
-from megatron_vespo.config import ConfigError
-from megatron_vespo.interface import LOOPBACK, Interface
+from megatron_vespo.config import ClusterConfig, ConfigError
+from megatron_vespo.config.cluster import LOCAL_RAY
+from megatron_vespo.interface import LOOPBACK, Interface, choose_interface, own_address
+from megatron_vespo.orchestration.hosts import Host
 from megatron_vespo.orchestration.ray_token import private_token
 from megatron_vespo.rollout import process_tree
 
@@ -20,14 +23,6 @@ TOKEN_FILE = "ray_token"
 SESSIONS = "r"
 """Short, since Ray's sockets lie in it."""
 
-CPU_ENVIRONMENT = {
-    # One thread a process: with more, small matrices on CPU are slower, and sums would depend on the thread count.
-    "OMP_NUM_THREADS": "1",
-    # Megatron's jit fusers are torch.compile, which is slower than eager at CPU sizes.
-    "TORCHDYNAMO_DISABLE": "1",
-}
-"""Of actors where there is no GPU."""
-
 
 class LocalCluster:
     """A Ray head with room for `processes` actors. Its session folder is removed at the end.
@@ -36,18 +31,26 @@ class LocalCluster:
     address they are given. Its token keeps other users of this host out.
     """
 
-    def __init__(self, processes: int) -> None:
+    def __init__(self, processes: int, interface: Interface) -> None:
+        """`interface`: where the run's parts listen."""
         self._processes = processes
+        self._interface = interface
         self._folder: Path | None = None
         self._others: list[psutil.Process] = []
 
     @property
-    def folder(self) -> Path:
+    def here(self) -> Host:
         if self._folder is None:
             raise RuntimeError("the cluster was not started")
-        return self._folder
+        gpus = int(ray.cluster_resources().get("GPU", 0))
+        return Host(socket.gethostname(), self._interface, self._folder, gpus)
 
-    def start(self) -> None:
+    @property
+    def hosts(self) -> list[Host]:
+        """This one alone."""
+        return [self.here]
+
+    async def start(self) -> None:
         # Unix socket paths are limited to about 107 characters, so the folder is not inside the run's.
         self._folder = Path(tempfile.mkdtemp(prefix="mv-"))
         self._others = psutil.Process().children(recursive=True)
@@ -68,6 +71,7 @@ class LocalCluster:
                 _system_config={"worker_niceness": 0},
             )
         signal.signal(signal.SIGTERM, handler)
+        self.here.parts.mkdir()
 
     def stop(self, keep_logs_in: Path | None = None) -> None:
         """End all of it; on a failure the actors' own output is kept in `keep_logs_in`.
@@ -91,6 +95,11 @@ class LocalCluster:
         self._folder = None
 
 
+def interface_of(cluster: ClusterConfig) -> Interface:
+    """Where parts on this host listen. Raises ConfigError as `find_interface`."""
+    return choose_interface(cluster.interface, None if cluster.ray == LOCAL_RAY else own_address(cluster.ray))
+
+
 def gpus_per_process(processes: int) -> int:
     """How many GPUs each of a run's `processes` gets: 1 where there are GPUs, else 0.
 
@@ -101,15 +110,9 @@ def gpus_per_process(processes: int) -> int:
     if 0 < there < processes:
         raise ConfigError(
             f"the run needs {processes} GPUs (policy.ranks and the engine's rollout.engine.tensor_parallel), "
-            f"this host has {there}: lower policy.ranks"
+            f"there are {there}: lower policy.ranks, or give it more nodes"
         )
     return 1 if there else 0
-
-
-def actor_options(gpus: int, interface: Interface) -> dict:
-    """Ray options of an actor with `gpus` GPUs, whose process groups listen on `interface`."""
-    environment = interface.environment() | ({} if gpus else CPU_ENVIRONMENT)
-    return {"num_cpus": 1, "num_gpus": gpus, "runtime_env": {"env_vars": environment}}
 
 
 def communication_backend(gpus: int) -> str:

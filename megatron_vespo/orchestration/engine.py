@@ -7,8 +7,8 @@ from typing import Any
 import ray
 
 from megatron_vespo.config import DataConfig, RolloutConfig
-from megatron_vespo.orchestration.cluster import actor_options
 from megatron_vespo.orchestration.engine_actor import EngineActor
+from megatron_vespo.orchestration.hosts import Host
 from megatron_vespo.orchestration.runtime import Runtime
 from megatron_vespo.orchestration.supervision import RunFailed, from_part
 from megatron_vespo.rollout.client import EngineClient
@@ -18,7 +18,13 @@ STOP_SECONDS = 5.0
 
 class Engine:
     def __init__(
-        self, runtime: Runtime, settings: dict[str, Any], number: int, gpus: int, weights_timeout_seconds: float | None
+        self,
+        runtime: Runtime,
+        settings: dict[str, Any],
+        number: int,
+        gpus: int,
+        weights_timeout_seconds: float | None,
+        host: Host,
     ) -> None:
         """`settings`: arguments of `EngineServer`; name, port and log are those of engine `number`."""
         config = settings["engine"]
@@ -28,15 +34,15 @@ class Engine:
         self._settings = settings | {
             "engine": config.model_copy(update={"port": port}),
             "log_path": str(log.with_stem(f"{log.stem}_{number}")),
-            "scratch_parent": str(runtime.scratch),
-            "parts": str(runtime.parts),
+            "scratch_parent": str(host.scratch),
+            "parts": str(host.parts),
             "name": self.name,
-            "interface": runtime.interface,
+            "interface": host.interface,
             "token": runtime.token,
         }
         self._weights_timeout_seconds = weights_timeout_seconds
         self._actor = EngineActor.options(  # pyright: ignore[reportAttributeAccessIssue]
-            **actor_options(gpus, runtime.interface)
+            **host.actor_options(gpus)
         ).remote(self._settings)
         self._client: EngineClient | None = None
         self._death: asyncio.Task[RunFailed | None] | None = None

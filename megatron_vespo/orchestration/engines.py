@@ -2,13 +2,14 @@
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_vespo.config import EngineConfig
 from megatron_vespo.errors import RunError
 from megatron_vespo.orchestration.engine import Engine
+from megatron_vespo.orchestration.hosts import Host
 from megatron_vespo.orchestration.runtime import Runtime
 from megatron_vespo.orchestration.supervision import SETTLING_SECONDS, RunFailed, all_of
 from megatron_vespo.rollout.client import EngineClient
@@ -43,7 +44,12 @@ class Engines:
     """
 
     def __init__(
-        self, runtime: Runtime, settings: dict[str, Any], gpus: int, weights_timeout_seconds: float | None
+        self,
+        runtime: Runtime,
+        settings: dict[str, Any],
+        gpus: int,
+        weights_timeout_seconds: float | None,
+        hosts: Sequence[Host] | None = None,
     ) -> None:
         """
         Args:
@@ -51,12 +57,14 @@ class Engines:
             gpus: of each engine.
             weights_timeout_seconds: deadline of everything that moves weights. None: no weights are sent, and an engine
                 that was started again serves at once.
+            hosts: of each engine; None: this one.
         """
         self._runtime = runtime
         self._settings = settings
         self._config: EngineConfig = settings["engine"]
         self._gpus = gpus
         self._weights_timeout_seconds = weights_timeout_seconds
+        self._hosts = list(hosts or [runtime.here] * self._config.count)
         self.fleet = Fleet(on_failure=self._on_failure)
         self.restarts = 0
         self.tell: Callable[[str], None] = lambda line: None
@@ -134,7 +142,9 @@ class Engines:
         await asyncio.gather(*[slot.engine.stop() for slot in self._slots])
 
     def _new_engine(self, number: int) -> Engine:
-        return Engine(self._runtime, self._settings, number, self._gpus, self._weights_timeout_seconds)
+        return Engine(
+            *(self._runtime, self._settings, number, self._gpus, self._weights_timeout_seconds, self._hosts[number])
+        )
 
     def _on_failure(self, client: EngineClient, error: RunError) -> None:
         (slot,) = [slot for slot in self._slots if slot.engine.is_of(client)]

@@ -12,9 +12,8 @@ from megatron_vespo.config import EvaluateConfig
 from megatron_vespo.data.prompts import held_out_prompts
 from megatron_vespo.data.sources import numbered_sources
 from megatron_vespo.data.tokenizer import load_tokenizer
-from megatron_vespo.interface import find_interface
 from megatron_vespo.observability.console import RunConsole
-from megatron_vespo.orchestration.cluster import gpus_per_process
+from megatron_vespo.orchestration.cluster import gpus_per_process, interface_of
 from megatron_vespo.orchestration.engine import engine_settings
 from megatron_vespo.orchestration.engines import Engines
 from megatron_vespo.orchestration.evaluation import describe_evaluation, sample_held_out
@@ -34,7 +33,7 @@ def run_evaluation(config: EvaluateConfig, checkpoint: Path, output: Path | None
         ConfigError: before anything was started.
         RunError: the engine failed, or the command was stopped.
     """
-    interface = find_interface(config.cluster.interface)
+    interface = interface_of(config.cluster)
     architecture = check_folder(checkpoint)
     check_engine(str(checkpoint), config.dtype, architecture, config.data, config.rollout)
     tokenizer = load_tokenizer(checkpoint)
@@ -43,13 +42,14 @@ def run_evaluation(config: EvaluateConfig, checkpoint: Path, output: Path | None
 
     async def main() -> dict[str, Any]:
         console.phase("starting the engine")
-        async with Runtime(config.rollout.engine.count, folder, interface) as runtime:
+        async with Runtime(config.rollout.engine.count, folder, interface, config.cluster) as runtime:
             settings = engine_settings(
                 str(checkpoint), config.dtype, config.data, config.rollout, seed=0, logs=runtime.logs
             )
             engine = config.rollout.engine
             gpus = engine.tensor_parallel * gpus_per_process(engine.count * engine.tensor_parallel)
-            engines = Engines(runtime, settings, gpus, weights_timeout_seconds=None)
+            _, hosts = runtime.place(0, engine.count, gpus)
+            engines = Engines(runtime, settings, gpus, weights_timeout_seconds=None, hosts=hosts)
             grader = RewardPool(
                 config.reward, config.data, config.evaluation.sources, runtime.logs / "graders.log", runtime.parts
             )

@@ -1,7 +1,7 @@
 """The trainer as the loops see it: all ranks as one."""
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -12,7 +12,7 @@ from ray import ObjectRef
 from megatron_vespo.checkpoint.hf_config import Architecture
 from megatron_vespo.config import ObjectiveConfig, SFTConfig, TrainConfig
 from megatron_vespo.errors import RunError
-from megatron_vespo.orchestration.cluster import actor_options
+from megatron_vespo.orchestration.hosts import Host
 from megatron_vespo.orchestration.policy_rank import PolicyRank
 from megatron_vespo.orchestration.runtime import Runtime
 from megatron_vespo.orchestration.supervision import Expired, RunFailed, from_part
@@ -22,7 +22,6 @@ from megatron_vespo.policy.packing import pack_step, report_packing
 from megatron_vespo.policy.result import StepResult, TokenScores, merge
 from megatron_vespo.routing.routes import Routes
 from megatron_vespo.routing.slices import RankPlace, StepRoutes, assemble_routes, slice_routes
-from megatron_vespo.weights.slots import remove_slots
 
 PART = "policy"
 ANSWER_SECONDS = 20.0
@@ -69,32 +68,36 @@ def _in_order(sequences: list[TrainingSequence], parts: list[dict[int, TokenScor
 
 
 class PolicyGroup:
-    def __init__(self, ranks: int, runtime: Runtime, gpus_per_rank: int) -> None:
-        """Starts the processes; there is a model once `build` was awaited."""
+    def __init__(self, ranks: int, runtime: Runtime, gpus_per_rank: int, hosts: Sequence[Host] | None = None) -> None:
+        """Starts the processes; there is a model once `build` was awaited. `hosts`: of each rank; None: this one."""
         self._supervisor = runtime.supervisor
-        self._options = actor_options(gpus_per_rank, runtime.interface)
-        # What serves shared memory keeps a socket there.
-        self._options["runtime_env"]["env_vars"] |= {"TMPDIR": str(runtime.scratch)}
+        self._hosts = list(hosts or [runtime.here] * ranks)
+        self._gpus_per_rank = gpus_per_rank
         self._recover: Callable[[PolicyLost], Awaitable[None]] | None = None
-        self._parts = str(runtime.parts)
-        self.address = runtime.interface.address
+        self.address = self._hosts[0].interface.address
         """Where rank 0 listens."""
         self.starts = 0
         """How often processes were started: what was given to earlier ones is gone."""
         runtime.on_stop(PART, self.stop)
         self._processes: list[int] = []
-        self._start(ranks)
+        self._start()
         self._watch()
 
-    def _start(self, ranks: int) -> None:
+    def _start(self) -> None:
         self.ranks = [
-            PolicyRank.options(**self._options).remote(  # pyright: ignore[reportAttributeAccessIssue]
-                rank, self._parts, self.address
+            PolicyRank.options(**self._options(host)).remote(  # pyright: ignore[reportAttributeAccessIssue]
+                rank, str(host.parts), self.address
             )
-            for rank in range(ranks)
+            for rank, host in enumerate(self._hosts)
         ]
         self.starts += 1
         self._holds = [actor.hold.remote() for actor in self.ranks]
+
+    def _options(self, host: Host) -> dict[str, Any]:
+        options = host.actor_options(self._gpus_per_rank)
+        # What serves shared memory keeps a socket there.
+        options["runtime_env"]["env_vars"] |= {"TMPDIR": str(host.scratch)}
+        return options
 
     def _watch(self) -> None:
         for rank, hold in enumerate(self._holds):
@@ -123,9 +126,8 @@ class PolicyGroup:
 
         They come when Ray has freed the room of the old ones, which it ends by force where they stand still.
         """
-        ranks = len(self.ranks)
         await self.stop()
-        self._start(ranks)
+        self._start()
         await self.build(*self._built_as)
 
     @contextmanager
@@ -289,5 +291,5 @@ class PolicyGroup:
         """Of what ranks hold, only buckets of weights in shared memory would outlive them."""
         for actor in self.ranks:
             ray.kill(actor)
-        for process in self._processes:
-            remove_slots(process)
+        for host in dict.fromkeys(self._hosts):
+            host.remove_slots([pid for pid, its in zip(self._processes, self._hosts, strict=False) if its == host])

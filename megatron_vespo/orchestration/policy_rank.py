@@ -165,7 +165,8 @@ class PolicyRank:
         dist.broadcast_object_list(plan, src=0)
         self._buckets = plan[0]
         hosts: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(hosts, Path(BOOT_ID).read_text())
+        # Nodes of a job may be containers of one host, each with shared memory of its own.
+        dist.all_gather_object(hosts, (Path(BOOT_ID).read_text(), ray.get_runtime_context().get_node_id()))
         self._on_one_host = len(set(hosts)) == 1
         return self._buckets
 

@@ -19,8 +19,20 @@ def private_token(file: Path) -> Iterator[None]:
     has it in memory then, and its environment is put back, so that other children do not learn of the file. Without
     this Ray would take, or make, the user's own ~/.ray/auth_token.
     """
+    write_token(file)
+    with token_of(file):
+        yield
+
+
+def write_token(file: Path) -> None:
+    """A new one, that only this user can read."""
     file.touch(mode=0o600)
     file.write_text(secrets.token_hex(32))
+
+
+@contextmanager
+def token_of(file: Path) -> Iterator[None]:
+    """As `private_token`, with the token that is in `file`: of a cluster that somebody else has started, or starts."""
     before = {name: os.environ.pop(name, None) for name in (MODE, TOKEN, TOKEN_FILE)}
     os.environ.update({MODE: "token", TOKEN_FILE: str(file)})
     try:

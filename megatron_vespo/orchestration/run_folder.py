@@ -9,6 +9,8 @@ from megatron_vespo.config import ConfigError, Section
 from megatron_vespo.observability.status import MARKER
 
 CONFIG_COPY = "config.yaml"
+KEPT = "slurm"
+"""Logs of the jobs that ran it: begun before the run, and kept by a run that replaces another."""
 SPARE_BYTES = 256 * 2**20
 """For metrics, logs and the report."""
 
@@ -26,15 +28,16 @@ def create_run_folder(config: Section, run_dir: str, overwrite: bool, checkpoint
     _require_space(folder, checkpoint_bytes + SPARE_BYTES)
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"run_dir {folder}: is a file. Choose another folder")
-    if folder.exists() and any(folder.iterdir()):
+    there = [path for path in folder.iterdir() if path.name != KEPT] if folder.exists() else []
+    if there:
         if not (folder / MARKER).exists() or folder.absolute() in (Path.cwd(), *Path.cwd().parents):
             raise ConfigError(f"run_dir {folder}: not empty, and not a run of ours. Choose another folder")
         if not overwrite:
             raise ConfigError(f"run_dir {folder}: holds a run already. Choose another folder, or set overwrite=true")
     try:
-        if folder.exists():
-            shutil.rmtree(folder)
-        folder.mkdir(parents=True)
+        for path in there:
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        folder.mkdir(parents=True, exist_ok=True)
         (folder / MARKER).touch()
         write_config(config, folder)
     except OSError as error:

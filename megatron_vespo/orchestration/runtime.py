@@ -7,16 +7,24 @@ import traceback
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
+
+from ray.exceptions import RayError
 
 from megatron_vespo import presence
+from megatron_vespo.config import ClusterConfig
+from megatron_vespo.config.cluster import LOCAL_RAY
 from megatron_vespo.errors import RunError
 from megatron_vespo.interface import Interface
 from megatron_vespo.observability.status import DRIVER
+from megatron_vespo.orchestration.attached_cluster import AttachedCluster
 from megatron_vespo.orchestration.cluster import LocalCluster
-from megatron_vespo.orchestration.stacks import collect_run, in_few_words
+from megatron_vespo.orchestration.hosts import Host
+from megatron_vespo.orchestration.placement import place
+from megatron_vespo.orchestration.stacks import ANSWER_SECONDS, Found, collect_run, in_few_words
 from megatron_vespo.orchestration.status_file import StatusFile
 from megatron_vespo.orchestration.supervision import Supervisor, Wait, describe_waits
+from megatron_vespo.presence import Process
 
 STOP_SECONDS = 8.0
 """For all parts together; Ray then ends what is left. The whole stop stays under 15 s."""
@@ -26,14 +34,19 @@ STACKS = "stacks"
 class Runtime:
     """An async context manager. Parts register how they are stopped as soon as they exist."""
 
-    def __init__(self, processes: int, folder: Path, interface: Interface) -> None:
+    def __init__(
+        self, processes: int, folder: Path, interface: Interface, cluster: ClusterConfig | None = None
+    ) -> None:
         """`processes`: Ray actors of the run. `folder`: gets status.json, logs/ and, on a failure, error.txt.
-        `interface`: where the parts listen for each other."""
+        `interface`: where the parts on this host listen for each other. `cluster`: None is this host alone."""
         self.interface = interface
         self.token = secrets.token_hex(32)
         """Requests to the run's engines need it."""
         self.supervisor = Supervisor(self._diagnose)
-        self._cluster = LocalCluster(processes)
+        self._settings = cluster or ClusterConfig()
+        self._cluster = (
+            LocalCluster(processes, interface) if self._settings.ray == LOCAL_RAY else AttachedCluster(self._settings)
+        )
         self._folder = folder
         self._stops: dict[str, Callable[[], Awaitable[None]]] = {}
         self._status: StatusFile | None = None
@@ -43,19 +56,29 @@ class Runtime:
         return self._folder / "logs"
 
     @property
+    def here(self) -> Host:
+        """Where the driver is."""
+        return self._cluster.here
+
+    @property
     def scratch(self) -> Path:
-        """A folder for sockets and the like, gone after the run; its path is short."""
-        return self._cluster.folder
+        """A folder for sockets and the like of this host, gone after the run; its path is short."""
+        return self.here.scratch
 
     @property
     def parts(self) -> Path:
-        """The folder where processes of the run make themselves known (`presence`)."""
-        return self._cluster.folder / "parts"
+        """The folder where the run's processes on this host make themselves known (`presence`)."""
+        return self.here.parts
+
+    def place(self, ranks: int, engines: int, engine_gpus: int) -> tuple[list[Host], list[Host]]:
+        """The host of each of the trainer's ranks, and of each engine. `engine_gpus`, and what is raised, as in `place`."""
+        hosts = self._cluster.hosts
+        placed = place(self._settings, [host.gpus for host in hosts], ranks, engines, engine_gpus)
+        return [hosts[node] for node in placed.ranks], [hosts[node] for node in placed.engines]
 
     async def __aenter__(self) -> Self:
         try:
-            self._cluster.start()
-            self.parts.mkdir()
+            await self._cluster.start()
             presence.announce(self.parts, DRIVER)
             self._status = StatusFile(self._folder, self.parts, self.supervisor)
         except BaseException:
@@ -92,7 +115,12 @@ class Runtime:
     async def _diagnose(self, wait: Wait) -> str:
         assert self._status is not None
         target = self._status.folder / STACKS
-        found = await collect_run(self.parts, target, describe_waits(self.supervisor.waits))
+        waits = describe_waits(self.supervisor.waits)
+        keepers = {host.name: host.keeper for host in self._cluster.hosts if host.keeper is not None}
+        asked = [_stacks_there(name, keeper, target) for name, keeper in keepers.items()]
+        found, *others = await asyncio.gather(collect_run(self.parts, target, waits), *asked)
+        for elsewhere in others:
+            found += elsewhere
         return f"{in_few_words(found, wait.owners)}; stacks of all parts: {target}"
 
     async def _stop_all(self, failed: bool) -> None:
@@ -120,3 +148,11 @@ class Runtime:
         self.logs.mkdir(parents=True, exist_ok=True)
         with (self._folder / "error.txt").open("a") as file:
             file.write(text)
+
+
+async def _stacks_there(name: str, keeper: Any, target: Path) -> list[Found]:
+    """Of the processes on another host; a host that does not answer is told like a process that does not."""
+    try:
+        return await asyncio.wait_for(keeper.collect.remote(str(target.absolute())), 3 * ANSWER_SECONDS)
+    except (RayError, TimeoutError):
+        return [Found(Process(f"host {name}", 0, 0.0, target), "gone or without an answer", "")]

@@ -10,6 +10,7 @@ from megatron_vespo.data.prompts import PromptStream
 from megatron_vespo.observability.console import RunConsole
 from megatron_vespo.observability.sinks import Metrics
 from megatron_vespo.orchestration.engines import Engines
+from megatron_vespo.orchestration.interruption import StopRequest
 from megatron_vespo.orchestration.journal import StepJournal
 from megatron_vespo.orchestration.policy_group import PolicyGroup
 from megatron_vespo.orchestration.sampler import Sampler
@@ -102,6 +103,7 @@ class Session:
     writers: list[Writer] = field(default_factory=list)
     engine_probed: bool = False
     """Its routes were compared with the trainer's once."""
+    stop: StopRequest = field(default_factory=StopRequest)
     elapsed_before: float = 0.0
     """Seconds of the parts of this run before it was resumed."""
 

@@ -9,11 +9,10 @@ import numpy as np
 from megatron_vespo.config import SFTConfig
 from megatron_vespo.data.demonstrations import load_demonstrations
 from megatron_vespo.data.tokenizer import load_tokenizer
-from megatron_vespo.interface import find_interface
 from megatron_vespo.observability.console import RunConsole
 from megatron_vespo.observability.open_metrics import open_metrics
 from megatron_vespo.observability.sinks import Metrics
-from megatron_vespo.orchestration.cluster import gpus_per_process
+from megatron_vespo.orchestration.cluster import gpus_per_process, interface_of
 from megatron_vespo.orchestration.interruption import run_interruptible
 from megatron_vespo.orchestration.policy_group import PolicyGroup
 from megatron_vespo.orchestration.preflight import check_model
@@ -29,7 +28,7 @@ def run_sft(config: SFTConfig, console: RunConsole) -> Path:
         ConfigError: before anything was started.
         RunError: the run failed or was stopped.
     """
-    interface = find_interface(config.cluster.interface)
+    interface = interface_of(config.cluster)
     architecture, checkpoint_bytes = check_model(config.model, config.policy)
     tokenizer = load_tokenizer(config.model.path)
     demonstrations = load_demonstrations(config.demonstrations, tokenizer)
@@ -37,8 +36,10 @@ def run_sft(config: SFTConfig, console: RunConsole) -> Path:
 
     async def main() -> None:
         console.phase("starting the trainer")
-        async with Runtime(config.policy.ranks, folder, interface) as runtime:
-            policy = PolicyGroup(config.policy.ranks, runtime, gpus_per_process(config.policy.ranks))
+        async with Runtime(config.policy.ranks, folder, interface, config.cluster) as runtime:
+            gpus = gpus_per_process(config.policy.ranks)
+            hosts, _ = runtime.place(config.policy.ranks, 0, gpus)
+            policy = PolicyGroup(config.policy.ranks, runtime, gpus, hosts)
             await policy.build(config, architecture, config.steps, temperature=1.0)
             await supervise(config, policy, demonstrations, metrics, console)
             console.phase("exporting the checkpoint")

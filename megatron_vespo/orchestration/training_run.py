@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_vespo.config import TrainConfig
-from megatron_vespo.interface import find_interface
 from megatron_vespo.observability.console import RunConsole
 from megatron_vespo.observability.open_metrics import open_metrics
 from megatron_vespo.observability.report import write_report
 from megatron_vespo.observability.sinks import Metrics
 from megatron_vespo.observability.summary import write_summary
 from megatron_vespo.orchestration.checkpoints import disk_bytes, step_of
-from megatron_vespo.orchestration.interruption import run_interruptible
+from megatron_vespo.orchestration.cluster import interface_of
+from megatron_vespo.orchestration.interruption import StopRequest, run_interruptible
 from megatron_vespo.orchestration.parts import Parts
 from megatron_vespo.orchestration.preflight import Prepared, prepare_training
 from megatron_vespo.orchestration.recovery import restarting_policy
@@ -48,7 +48,7 @@ def run_training_loop(config: TrainConfig, console: RunConsole, loop: Loop, resu
         RunError: the run failed or was stopped; everything of it is gone but its folder.
     """
     started = time.monotonic()
-    interface = find_interface(config.cluster.interface)
+    interface = interface_of(config.cluster)
     checkpoint = find_checkpoint(config, resume.point)
     prepared = prepare_training(config)
     if checkpoint is not None:
@@ -60,14 +60,17 @@ def run_training_loop(config: TrainConfig, console: RunConsole, loop: Loop, resu
             console.event("checkpoint.save_every is 0: nothing is saved that a later --resume could go on from")
         folder = create_run_folder(config, config.run_dir, overwrite, disk_bytes(config, prepared.checkpoint_bytes))
 
+    stop = StopRequest()
+
     async def main() -> None:
         console.phase("starting Ray")
-        async with Runtime(config.policy.ranks + config.rollout.engine.count, folder, interface) as runtime:
-            await run_once(Parts(runtime), config, prepared, record, console, loop, checkpoint)
+        processes = config.policy.ranks + config.rollout.engine.count
+        async with Runtime(processes, folder, interface, config.cluster) as runtime:
+            await run_once(Parts(runtime), config, prepared, record, console, loop, checkpoint, stop)
             console.phase("stopping")
 
     with recorded(config, folder, console, started, checkpoint) as record:
-        run_interruptible(main)
+        run_interruptible(main, stop.ask)
     return _what_next(folder)
 
 
@@ -118,10 +121,12 @@ async def run_once(
     console: RunConsole,
     loop: Loop,
     checkpoint: Path | None = None,
+    stop: StopRequest | None = None,
 ) -> None:
-    """`checkpoint`: where to go on."""
+    """`checkpoint`: where to go on. `stop`: asks the loop to save and stop."""
     console.phase("starting engine, trainer and graders")
     record.session = await parts.session(config, prepared, record.metrics, console)
+    record.session.stop = stop or record.session.stop
     if checkpoint is not None:
         await restore(record.session, checkpoint)
         write_config(config, Path(config.run_dir))

@@ -14,7 +14,7 @@ import pytest
 from test_every_end_leaves_nothing import Run
 
 from megatron_vespo.config import ClusterConfig, ConfigError, TrainConfig, load_config
-from megatron_vespo.interface import LOOPBACK, find_interface
+from megatron_vespo.interface import LOOPBACK, choose_interface, find_interface
 
 CONNECT = """
 import sys
@@ -134,4 +134,4 @@ def test_an_interface_that_is_not_there_is_refused_with_those_that_are(wanted):
 def test_every_interface_at_once_is_refused(wanted):
     with pytest.raises(ConfigError, match=r"cluster.interface: .* every interface"):
         load_config(TrainConfig, "examples/quickstart.yaml", [f"cluster.interface={wanted}"])
-    assert ClusterConfig().interface == "lo"
+    assert ClusterConfig().interface == "auto" and choose_interface("auto") == LOOPBACK
