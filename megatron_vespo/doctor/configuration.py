@@ -8,9 +8,9 @@ from megatron_vespo.doctor.probe import Probe, run_probe
 
 READ = """
 from megatron_vespo.config import TrainConfig, load_config
-from megatron_vespo.interface import find_interface
+from megatron_vespo.interface import choose_interface
 config = load_config(TrainConfig, sys.argv[2], sys.argv[3:])
-find_interface(config.cluster.interface)
+choose_interface(config.cluster.interface)
 report(
     run_dir=config.run_dir,
     model=config.model.path,
