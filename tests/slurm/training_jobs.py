@@ -28,7 +28,7 @@ FIGURES = (
     "log_weight/p50",
     "response/fingerprint",
     "accuracy",
-    "reward",
+    "reward/mean",
 )
 """Of a row of metrics; the same bit for bit in every run of these settings, whatever interrupts it."""
 
@@ -81,7 +81,7 @@ class TrainingJob:
 def figures(run: Path) -> list[dict]:
     """What was computed, row by row, without what was measured."""
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    computed = [row for row in rows if row["kind"] in ("step", "rollout", "eval")]
+    computed = [row for row in rows if row["kind"] in ("step", "rollout", "evaluation")]
     return [{key: row[key] for key in ("kind", *FIGURES) if key in row} for row in computed]
 
 
