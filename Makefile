@@ -27,7 +27,9 @@ test-all: check
 # daemons, ports, sockets and files of its own.
 SLURM_PROGRAMS := slurmctld slurmd sbatch munged shellcheck
 slurm-deps:
-	@if PATH="$$PATH:/usr/sbin" command -v $(SLURM_PROGRAMS) >/dev/null; then exit 0; fi; \
+	@PATH="$$PATH:/usr/sbin"; missing=; \
+	for program in $(SLURM_PROGRAMS); do command -v $$program >/dev/null || missing="$$missing $$program"; done; \
+	if [ -z "$$missing" ]; then exit 0; fi; \
 	if ! command -v apt-get >/dev/null; then echo "slurm-deps: no apt-get here; install Slurm, MUNGE and shellcheck" >&2; exit 1; fi; \
 	if [ "$$(id -u)" != 0 ]; then echo "slurm-deps: apt-get needs root: sudo make slurm-deps" >&2; exit 1; fi; \
 	install="apt-get install -y -qq --no-install-recommends slurmctld slurmd slurm-client munge shellcheck"; \
