@@ -18,7 +18,7 @@ compare: $(STAMP)
 	$(BIN)/megatron-vespo ablate examples/lab/compare.yaml --out runs/compare
 
 test: check
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --durations=30 -m "not slow"
 
 test-all: check
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
