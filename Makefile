@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: quickstart quickstart-async compare test test-all check format clean slurm-deps
+.PHONY: quickstart quickstart-async compare docs slurm-deps test test-all check format clean
 
 quickstart: $(STAMP)
 	$(BIN)/megatron-vespo train examples/quickstart.yaml
@@ -18,7 +18,7 @@ compare: $(STAMP)
 	$(BIN)/megatron-vespo ablate examples/lab/compare.yaml --out runs/compare
 
 test: check
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --durations=30 -m "not slow"
 
 test-all: check
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
@@ -27,11 +27,18 @@ test-all: check
 # daemons, ports, sockets and files of its own.
 SLURM_PROGRAMS := slurmctld slurmd sbatch munged shellcheck
 slurm-deps:
-	@if PATH="$$PATH:/usr/sbin" command -v $(SLURM_PROGRAMS) >/dev/null; then exit 0; fi; \
+	@PATH="$$PATH:/usr/sbin"; missing=; \
+	for program in $(SLURM_PROGRAMS); do command -v $$program >/dev/null || missing="$$missing $$program"; done; \
+	if [ -z "$$missing" ]; then exit 0; fi; \
 	if ! command -v apt-get >/dev/null; then echo "slurm-deps: no apt-get here; install Slurm, MUNGE and shellcheck" >&2; exit 1; fi; \
 	if [ "$$(id -u)" != 0 ]; then echo "slurm-deps: apt-get needs root: sudo make slurm-deps" >&2; exit 1; fi; \
 	install="apt-get install -y -qq --no-install-recommends slurmctld slurmd slurm-client munge shellcheck"; \
 	export DEBIAN_FRONTEND=noninteractive; $$install || { apt-get update && $$install; }
+
+# The documentation as a site: build/site/index.html
+docs: $(STAMP)
+	$(BIN)/python tools/write_config_reference.py
+	$(BIN)/mkdocs build --strict --quiet
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .

@@ -226,9 +226,13 @@ def stop_sandbox(sandbox: Sandbox) -> None:
 
 
 def boot_node(sandbox: Sandbox, node: str) -> None:
-    """Start a killed node, and wait until slurmctld has it back."""
+    """Start a killed node once slurmctld knows of its end, as after a reboot, and wait until it has it back.
+
+    With a node that is back sooner, slurmctld 22.05 takes minutes to see that the node's jobs are gone.
+    """
     if sandbox.process(node) is not None:
         raise ConfigError(f"{node} is up")
+    wait_until(lambda: sandbox.state_of(node).startswith("down"), f"slurmctld misses {node}", sandbox)
     start_node(sandbox, node)
     good = ("idle", "mixed", "allocated", "completing")
     wait_until(lambda: sandbox.state_of(node) in good, f"slurmctld has {node} back", sandbox)

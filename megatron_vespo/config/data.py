@@ -31,6 +31,7 @@ class FileSource(Section):
     scorer: str | None = None
     """`exact_match`, `math_verify`, or the dotted path `package.module:function` of `(response, answer, row) -> float`."""
     weight: PositiveFloat = 1.0
+    """Its share of the prompts, relative to those of other sources."""
 
 
 class CustomSource(Section):
@@ -38,9 +39,11 @@ class CustomSource(Section):
     target: str
     """Dotted path `package.module:Class` of a prompt source (see megatron_vespo.data.sources)."""
     settings: dict[str, Any] = Field(default_factory=dict)
+    """Keyword arguments of the class."""
     scorer: str | None = None
     """As in a file source; None: the source's own `score`."""
     weight: PositiveFloat = 1.0
+    """As in a file source."""
 
 
 Source = Annotated[ReasoningGymSource | FileSource | CustomSource, Field(discriminator="type")]
@@ -48,7 +51,9 @@ Source = Annotated[ReasoningGymSource | FileSource | CustomSource, Field(discrim
 
 class DataConfig(Section):
     sources: tuple[Source, ...]
+    """Each prompt is drawn from one of them, by their weights."""
     max_prompt_tokens: PositiveInt = 1024
+    """With chat template."""
     overlong_prompts: Literal["drop", "error"] = "drop"
     """What happens to a prompt longer than `max_prompt_tokens`; dropped ones are counted."""
     system_prompt: str | None = None
@@ -75,4 +80,6 @@ class ExcludedPrompts(Section):
 
     source: Source
     seed: int
+    """With which that source was drawn from."""
     size: PositiveInt
+    """How many prompts were drawn."""

@@ -41,6 +41,7 @@ class SinksConfig(Section):
     console: Literal["auto", "live", "plain"] = "auto"
     """`live` redraws one view, `plain` prints a line per step; `auto` is live on a terminal."""
     tensorboard: bool = True
+    """Write its files too, into `run_dir`/tensorboard."""
 
 
 class ObservabilityConfig(SinksConfig):
@@ -114,11 +115,15 @@ class SFTConfig(Section):
     """`megatron-vespo sft`."""
 
     seed: int = Field(default=1, ge=0)
+    """Of everything random."""
     run_dir: str
+    """Folder of this run's outputs."""
     overwrite: bool = False
+    """Replace a run that is already in `run_dir`."""
     model: ModelConfig
     demonstrations: DemonstrationsConfig
     steps: PositiveInt
+    """Optimizer steps."""
     policy: PolicyConfig = PolicyConfig()
     optimizer: SFTOptimizerConfig = SFTOptimizerConfig()
     observability: SinksConfig = SinksConfig()

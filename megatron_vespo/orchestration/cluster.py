@@ -109,8 +109,8 @@ def gpus_per_process(processes: int) -> int:
     there = int(ray.cluster_resources().get("GPU", 0))
     if 0 < there < processes:
         raise ConfigError(
-            f"the run needs {processes} GPUs (policy.ranks and the engine's rollout.engine.tensor_parallel), "
-            f"there are {there}: lower policy.ranks, or give it more nodes"
+            f"the run needs {processes} GPUs (policy.ranks, and rollout.engine.count times rollout.engine.tensor_parallel), "
+            f"there are {there}: lower one of these, or give it more nodes"
         )
     return 1 if there else 0
 

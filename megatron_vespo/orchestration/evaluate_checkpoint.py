@@ -56,7 +56,7 @@ def run_evaluation(config: EvaluateConfig, checkpoint: Path, output: Path | None
             runtime.on_stop("graders", lambda: asyncio.to_thread(grader.close))
             starting = all_of(engines.start(), asyncio.to_thread(grader.start))
             timeout = config.rollout.engine.startup_timeout_seconds
-            await runtime.supervisor.wait("start engine and graders", starting, timeout, owner="engine, graders")
+            await runtime.supervisor.wait("start engine and graders", starting, timeout, owner="engines, graders")
             sampler = Sampler(
                 engines.fleet, grader, tokenizer, architecture.vocab_size, config.rollout, runtime.supervisor, console
             )

@@ -77,7 +77,7 @@ class Generator:
             self._changed.clear()
             missing = len(self.ledger.waited_for(self.complete))
             what = f"wait for {missing} of {len(self._running)} groups that are being sampled"
-            await supervisor.wait(what, self._next_change(), timeout.request_timeout_seconds, owner="engine, graders")
+            await supervisor.wait(what, self._next_change(), timeout.request_timeout_seconds, owner="engines, graders")
         self.ledger.use(chosen)
         groups = [self.complete.pop(number) for number in chosen]
         self.start()

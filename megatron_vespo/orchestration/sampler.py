@@ -50,7 +50,7 @@ class Sampler:
         waves = -(-len(prompts) // self.rollout.concurrent_groups)
         timeout = waves * self.rollout.engine.request_timeout_seconds
         try:
-            await self.supervisor.wait("generate responses", receive(), timeout, owner="engine")
+            await self.supervisor.wait("generate responses", receive(), timeout, owner="engines")
             sampled = time.monotonic()
             await self.supervisor.wait("grade responses", asyncio.gather(*grading), timeout, owner="graders")
         finally:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from ray import ObjectRef
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import ActorUnschedulableError, RayActorError, RayTaskError
 
 from megatron_vespo.errors import ConfigError, RunError
 
@@ -150,7 +150,7 @@ async def from_part(part: str, ref: ObjectRef) -> Any:
     """Await a Ray call; an error carries the name of the part that raised it."""
     try:
         return await ref
-    except (RayTaskError, RayActorError) as error:
+    except (RayTaskError, RayActorError, ActorUnschedulableError) as error:
         raise _named(part, error) from None
 
 
@@ -171,6 +171,8 @@ def _named(part: str, error: BaseException | None) -> RunFailed:
         return RunFailed(part, _one_line(error.cause), details=str(error))
     if isinstance(error, RayActorError):
         return RunFailed(part, _death(error), details=str(error))
+    if isinstance(error, ActorUnschedulableError):
+        return RunFailed(part, "its node is gone", details=str(error))
     details = "" if error is None else "".join(traceback.format_exception(error))
     return RunFailed(part, _one_line(error), details)
 
