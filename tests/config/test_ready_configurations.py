@@ -196,3 +196,22 @@ def test_evaluations_ask_the_whole_benchmark():
         assert config.evaluation.prompts == sizes[name]
         assert [getattr(source, "path", "") for source in config.data.sources] == [f"data/math/{name}.parquet"]
         assert (config.evaluation.sampling.temperature, config.evaluation.sampling.top_p) == (1.0, 0.7)
+
+
+@pytest.mark.parametrize(
+    ("path", "gpus"),
+    [
+        ("examples/qwen3_30b_a3b/single_node_debug.yaml", 8),
+        pytest.param("examples/qwen3_30b_a3b/sync_n4_8nodes.yaml", 64, marks=pytest.mark.slow),
+        pytest.param("examples/qwen3_30b_a3b/sync_n4_4nodes.yaml", 32, marks=pytest.mark.slow),
+        pytest.param("examples/qwen3_30b_a3b/async_6_2.yaml", 64, marks=pytest.mark.slow),
+        pytest.param("examples/qwen3_8b/base.yaml", 16, marks=pytest.mark.slow),
+    ],
+)
+def test_the_planner_has_its_split_among_those_it_looks_at(path, gpus):
+    told = CliRunner().invoke(app, ["plan", path, "--gpus", str(gpus), "--json"], catch_exceptions=False)
+    assert told.exit_code == 0
+    splits = {(row["rollout_gpus"], row["train_gpus"]) for row in json.loads(told.stdout)["splits"]}
+    config = read(path)
+    engines = config.rollout.engine.count * config.rollout.engine.tensor_parallel
+    assert (engines, config.policy.ranks) in splits
