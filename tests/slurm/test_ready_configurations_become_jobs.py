@@ -11,7 +11,9 @@ from cluster_jobs import ROOT, Cluster, slurm_sandbox
 from megatron_vespo.config import TrainConfig, load_config
 from megatron_vespo.submit import Request, script
 
-FILES = [path for folder in ("qwen3_30b_a3b", "qwen3_8b") for path in sorted((ROOT / "examples" / folder).glob("*.yaml"))]
+FILES = [
+    path for folder in ("qwen3_30b_a3b", "qwen3_8b") for path in sorted((ROOT / "examples" / folder).glob("*.yaml"))
+]
 RUNS = [path for path in FILES if "\nvariants:" not in path.read_text() and not path.stem.startswith("eval_")]
 NODES = {"qwen3_8b": 2, "nodes_4": 4, "single_node_debug": 1}
 """By folder or name; those of 4 nodes say so in their name, all others have 8."""
