@@ -55,16 +55,17 @@ step() {
 # whole_job ROLE COMMAND...: this command is the job; ends with its exit code, after the end of its log. It is no step
 # where it need not be one: at the end of a job srun ends before what it started has, and that still needs JOB_TMP.
 whole_job() {
-    local pid code=0 log=$LOGS/$SLURMD_NODENAME.$1.log
+    local pid tell=true code=0 log=$LOGS/$SLURMD_NODENAME.$1.log
     if [ "$CONTAINER" = pyxis ]; then
         step "$SLURMD_NODENAME" "$@" &
     else
         "${IN_CONTAINER[@]}" "${@:2}" >>"$log" 2>&1 &
+        tell="kill -TERM $!"
     fi
     pid=$!
-    # Slurm tells the shell alone.
-    # shellcheck disable=SC2064  # $pid as it is now
-    trap "echo 'job $SLURM_JOB_ID is to end (SIGTERM)' >&2; kill -TERM $pid 2>/dev/null || true" TERM
+    # Slurm tells steps by itself, and at the end of a job all processes of the script, but `scancel --batch` the shell alone.
+    # shellcheck disable=SC2064  # as it is now
+    trap "echo 'job $SLURM_JOB_ID is to end (SIGTERM)' >&2; $tell 2>/dev/null || true" TERM
     # A signal ends a wait, but not what is waited for.
     while kill -0 "$pid" 2>/dev/null; do
         code=0
