@@ -7,7 +7,7 @@ python tools/slurm_sandbox.py boot-node 2 --folder /tmp/sandbox
 python tools/slurm_sandbox.py down --folder /tmp/sandbox
 
 `source FOLDER/env.sh` does for a shell what `run` does for one command. Made for Slurm 22.05 (Debian 12); `make slurm-deps`
-installs what it needs. Nodes have GPUs for the scheduler's eyes: files that stand for devices.
+installs what it needs. Nodes have GPUs that only the scheduler believes in.
 
 Two modes. `namespaces` (root, with the right to make namespaces): every node is a set of namespaces with its own host
 name, address, processes, /dev/shm and local scratch, and `kill-node` ends its first process, which is what a machine that
