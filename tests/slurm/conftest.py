@@ -20,7 +20,7 @@ def cluster() -> Iterator[Cluster]:
     try:
         yield Cluster(sandbox)
     finally:
-        slurm_sandbox.stop_sandbox(sandbox)
+        slurm_sandbox.stop_sandbox(slurm_sandbox.load(sandbox.folder))
         shutil.rmtree(folder)
 
 
