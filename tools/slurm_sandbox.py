@@ -215,6 +215,8 @@ def kill(process: psutil.Process) -> None:
 
 def stop_sandbox(sandbox: Sandbox) -> None:
     """End every process and take the network away. Logs and job output stay in the folder."""
+    if (sandbox.folder / STATE).exists():  # a node may have been booted by another command since `sandbox` was read
+        sandbox = load(sandbox.folder)
     for node in sandbox.names():
         kill_node(sandbox, node)
     for name in ("slurmctld", "munged"):

@@ -20,7 +20,7 @@ def cluster() -> Iterator[Cluster]:
     try:
         yield Cluster(sandbox)
     finally:
-        slurm_sandbox.stop_sandbox(slurm_sandbox.load(sandbox.folder))
+        slurm_sandbox.stop_sandbox(sandbox)
         shutil.rmtree(folder)
 
 
