@@ -101,8 +101,8 @@ def start_sandbox(folder: Path, nodes: int = 2, mode: Mode = "auto", gpus: int =
         raise ConfigError("--mode namespaces: this user may not make namespaces; loopback needs no rights")
     settled: Mode = "namespaces" if mode != "loopback" and possible else "loopback"
     sandbox = Sandbox(folder, settled, nodes, gpus, cpus)
+    take_network(sandbox)
     try:
-        take_network(sandbox)
         write_files(sandbox)
         start_daemons(sandbox)
         for node in sandbox.names():
