@@ -16,6 +16,8 @@ class ReasoningGymSource(Section):
     """Arguments of that dataset's config."""
     partial_credit: bool = False
     """False: the reward is 1 for a full score of the task's own scorer, else 0."""
+    environment: str | None = None
+    """As in a file source; `row` is the dataset's entry."""
     weight: PositiveFloat = 1.0
     """Share of this source among all sources."""
 
@@ -30,6 +32,9 @@ class FileSource(Section):
     """Column handed to the scorer as the reference answer."""
     scorer: str | None = None
     """`exact_match`, `math_verify`, or the dotted path `package.module:function` of `(response, answer, row) -> float`."""
+    environment: str | None = None
+    """Of tasks with several turns: the dotted path `package.module:function` of `(response, answer, row) -> str | None`,
+    which gets the response so far and says what comes into the context after it; None ends the response."""
     weight: PositiveFloat = 1.0
     """Its share of the prompts, relative to those of other sources."""
 
@@ -42,6 +47,8 @@ class CustomSource(Section):
     """Keyword arguments of the class."""
     scorer: str | None = None
     """As in a file source; None: the source's own `score`."""
+    environment: str | None = None
+    """As in a file source; `answer` is the item's `reference`."""
     weight: PositiveFloat = 1.0
     """As in a file source."""
 

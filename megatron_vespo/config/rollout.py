@@ -96,6 +96,8 @@ class RolloutConfig(Section):
     max_response_tokens: PositiveInt = 1024
     """A response is cut there."""
     sampling: SamplingConfig = SamplingConfig()
+    max_turns: PositiveInt = 8
+    """Of a response, where its source has an `environment`. What that says counts in `max_response_tokens`."""
     response_length: ResponseLengthConfig | None = None
     """None: the model ends its responses."""
     truncated: Literal["keep", "mask", "penalise"] = "keep"

@@ -87,6 +87,8 @@ class TrainConfig(Section):
                 "weight_sync.flush_cache",
                 "asynchronous.update: in_place keeps the cache of what is being sampled: set it to false",
             )
+        if self.rollout.response_length is not None and any(source.environment for source in self.data.sources):
+            yield "rollout.response_length", "a response of several turns has no drawn length: leave out one of the two"
         if self.checkpoint.save_every > 0 and self.policy.optimizer_cpu_offload > 0:
             yield "checkpoint.save_every", "not together with policy.optimizer_cpu_offload: set one of them to 0"
         if self.policy.reference is not None and self.model.initialization == "random":

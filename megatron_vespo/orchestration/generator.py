@@ -133,7 +133,7 @@ class Generator:
         group = await generate_group(session.sampler.fleet, prompt, self._generation())
         await session.sampler.grade(group)
         settle_truncated([group], session.config.rollout)
-        tokens = sum(len(trajectory.response_ids) for trajectory in group.trajectories)
+        tokens = sum(trajectory.sampled_tokens for trajectory in group.trajectories)
         self._tokens += tokens
         session.tally.generated_tokens += tokens
         session.tally.trajectories_generated += len(group.trajectories)
@@ -159,6 +159,7 @@ class Generator:
             cache_version=session.weights.cache_version,
             routes=session.routing_shape,
             response_length=config.rollout.response_length,
+            environment=session.sampler.answer,
         )
 
     def _ended(self, number: int, task: asyncio.Task[None]) -> None:
