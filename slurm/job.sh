@@ -16,8 +16,8 @@ begin_job() {
     # Of an attempt on this node that lost power.
     rm -rf -- "$JOB_TMP"
     trap 'rm -rf -- "$JOB_TMP"' EXIT
-    # Slurm ends the steps too, and what they do then still needs JOB_TMP: `whole_job` waits for them.
-    trap 'echo "job $SLURM_JOB_ID is to end (SIGTERM)" >&2' TERM
+    # Without this a signal would end the shell before its EXIT trap.
+    trap 'exit 143' TERM
     mkdir -p "$JOB_TMP"
     export TMPDIR=$JOB_TMP
     load_environment
@@ -52,16 +52,25 @@ step() {
         --output="$LOGS/$node.$role.log" --open-mode=append "${SRUN_CONTAINER[@]}" "${IN_CONTAINER[@]}" "$@"
 }
 
-# whole_job ROLE COMMAND...: one step on this node is the job; ends with its exit code, after the end of its log.
+# whole_job ROLE COMMAND...: this command is the job; ends with its exit code, after the end of its log. It is no step
+# where it need not be one: at the end of a job srun ends before what it started has, and that still needs JOB_TMP.
 whole_job() {
-    local role=$1 pid code=0
-    step "$SLURMD_NODENAME" "$@" &
+    local pid tell=true code=0 log=$LOGS/$SLURMD_NODENAME.$1.log
+    if [ "$CONTAINER" = pyxis ]; then
+        step "$SLURMD_NODENAME" "$@" &
+    else
+        "${IN_CONTAINER[@]}" "${@:2}" >>"$log" 2>&1 &
+        tell="kill -TERM $!"
+    fi
     pid=$!
+    # Slurm tells steps by itself, and at the end of a job all processes of the script, but `scancel --batch` the shell alone.
+    # shellcheck disable=SC2064  # as it is now
+    trap "echo 'job $SLURM_JOB_ID is to end (SIGTERM)' >&2; $tell 2>/dev/null || true" TERM
     # A signal ends a wait, but not what is waited for.
     while kill -0 "$pid" 2>/dev/null; do
         code=0
         wait "$pid" || code=$?
     done
-    tail -n 20 "$LOGS/$SLURMD_NODENAME.$role.log"
+    tail -n 20 "$log"
     exit "$code"
 }

@@ -7,7 +7,7 @@ python tools/slurm_sandbox.py boot-node 2 --folder /tmp/sandbox
 python tools/slurm_sandbox.py down --folder /tmp/sandbox
 
 `source FOLDER/env.sh` does for a shell what `run` does for one command. Made for Slurm 22.05 (Debian 12); `make slurm-deps`
-installs what it needs. Nodes have GPUs for the scheduler's eyes: files that stand for devices.
+installs what it needs. Nodes have GPUs that only the scheduler believes in.
 
 Two modes. `namespaces` (root, with the right to make namespaces): every node is a set of namespaces with its own host
 name, address, processes, /dev/shm and local scratch, and `kill-node` ends its first process, which is what a machine that
@@ -101,8 +101,8 @@ def start_sandbox(folder: Path, nodes: int = 2, mode: Mode = "auto", gpus: int =
         raise ConfigError("--mode namespaces: this user may not make namespaces; loopback needs no rights")
     settled: Mode = "namespaces" if mode != "loopback" and possible else "loopback"
     sandbox = Sandbox(folder, settled, nodes, gpus, cpus)
+    take_network(sandbox)
     try:
-        take_network(sandbox)
         write_files(sandbox)
         start_daemons(sandbox)
         for node in sandbox.names():
@@ -215,6 +215,8 @@ def kill(process: psutil.Process) -> None:
 
 def stop_sandbox(sandbox: Sandbox) -> None:
     """End every process and take the network away. Logs and job output stay in the folder."""
+    if (sandbox.folder / STATE).exists():  # a node may have been booted by another command since `sandbox` was read
+        sandbox = load(sandbox.folder)
     for node in sandbox.names():
         kill_node(sandbox, node)
     for name in ("slurmctld", "munged"):

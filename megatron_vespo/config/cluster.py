@@ -28,6 +28,7 @@ class ClusterConfig(Section):
     """The first so many nodes hold the trainer alone, the `engine_nodes` after them the engines alone. Without both, nodes
     are filled with the trainer's ranks, and engines get what is left; where there are no GPUs both are spread evenly."""
     engine_nodes: PositiveInt | None = None
+    """See `policy_nodes`."""
     start_timeout_seconds: float = Field(default=300.0, gt=0)
     """How long nodes may take to come."""
 

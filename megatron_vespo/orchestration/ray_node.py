@@ -17,7 +17,7 @@ from pathlib import Path
 import psutil
 
 from megatron_vespo.errors import ConfigError
-from megatron_vespo.interface import find_interface, own_address
+from megatron_vespo.interface import own_address
 from megatron_vespo.rollout import process_tree
 
 PR_SET_CHILD_SUBREAPER = 36
@@ -74,16 +74,13 @@ def command(options: argparse.Namespace) -> list[str]:
     """`ray start`. The head takes the given port, and the next one for its client server, which it always has."""
     head, _, port = options.address.rpartition(":")
     own = own_address(options.address)
-    role = (
-        ["--head", f"--port={port}", "--include-dashboard=false", '--system-config={"worker_niceness":0}']
-        if own == head
-        else [f"--address={options.address}"]
-    )
-    if options.join:
+    if own == head and not options.join:
+        role = ["--head", f"--port={port}", "--include-dashboard=false", '--system-config={"worker_niceness":0}']
+    else:
         role = [f"--address={options.address}"]
     return [
         *(sys.executable, "-m", "ray.scripts.scripts", "start", "--block", *role),
-        *(f"--node-ip-address={find_interface(own).address}", f"--node-name={options.name}"),
+        *(f"--node-ip-address={own}", f"--node-name={options.name}"),
         *(f"--temp-dir={options.scratch}/r", "--disable-usage-stats", "--num-cpus=0"),
         # Without these, jobs on one node would meet at Ray's fixed ports.
         *("--min-worker-port=0", "--max-worker-port=0", f"--ray-client-server-port={int(port) + 1}"),
@@ -93,6 +90,7 @@ def command(options: argparse.Namespace) -> list[str]:
 
 
 def environment(options: argparse.Namespace, scratch: Path) -> dict[str, str]:
+    """Of Ray's processes, which hand it on to the run's actors."""
     own = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": options.token_file, "TMPDIR": str(scratch)}
     # This package's own setting is for a Ray on loopback.
     own["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "1"

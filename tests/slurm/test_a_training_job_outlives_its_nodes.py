@@ -4,6 +4,8 @@ import pytest
 from cluster_jobs import slurm_sandbox, until
 from training_jobs import ENGINE, STEPS, TRAINER, TrainingJob, figures, without_a_cluster
 
+pytestmark = pytest.mark.timeout(1800)
+
 
 def survive(whole, tmp_path, lost: str) -> TrainingJob:
     job = TrainingJob(whole, tmp_path)

@@ -9,7 +9,7 @@ import yaml
 from cluster_jobs import ROOT, Cluster, until
 from safetensors import safe_open
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 HALF_A_NODE = ("--nodelist=node1", "--gpus-per-node=4", "--cpus-per-task=4")
 GRID = {
@@ -80,7 +80,7 @@ def test_an_array_trains_a_grid_two_runs_at_once_on_one_node(whole, tmp_path):
 def test_a_cancelled_job_leaves_nothing(whole, tmp_path):
     words = ("examples/tiny_base", "examples/tiny_base.eval.yaml", "evaluation.exclude=[]")
     job = whole.submit(f"--output={tmp_path}/out", "--nodelist=node1", "slurm/eval.sbatch", *words)
-    until(lambda: any("sglang" in words for words in whole.processes("node1")), "an engine starts")
+    until(lambda: any("rollout.serve" in line for line in whole.processes("node1")), "an engine starts")
     assert whole.local_files("node1")
     assert whole.command("scancel", job).returncode == 0
     assert whole.wait(job)["JobState"] == "CANCELLED"

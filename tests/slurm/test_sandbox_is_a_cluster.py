@@ -43,9 +43,10 @@ def folder() -> Iterator[Path]:
 
 
 def test_two_nodes_run_a_command_each_under_their_own_names(cluster):
-    done = cluster.command("srun", "--nodes=2", "--gpus-per-node=2", "bash", "-c", "echo $SLURMD_NODENAME $(hostname)")
+    told = "echo $SLURMD_NODENAME $(hostname) $CUDA_VISIBLE_DEVICES"
+    done = cluster.command("srun", "--nodes=2", "--gpus-per-node=2", "bash", "-c", told)
     assert done.returncode == 0, done.stderr
-    hosts = dict(line.split() for line in done.stdout.splitlines())
+    hosts = {node: host for node, host, gpus in map(str.split, done.stdout.splitlines()) if gpus == "0,1"}
     assert set(hosts) == {"node1", "node2"}
     if cluster.sandbox.mode == "namespaces":
         assert all(node == host for node, host in hosts.items())
