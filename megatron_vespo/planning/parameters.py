@@ -5,7 +5,7 @@ it (`gradient_buffers.py`).
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_vespo.checkpoint.hf_config import Architecture
 from megatron_vespo.config import PolicyConfig
@@ -95,7 +95,10 @@ def _experts(a: Architecture, policy: PolicyConfig, fused: bool) -> Iterator[Par
     into = Parameter("experts", 2 * width * a.hidden_size, expert_parallel=apart)
     out_of = Parameter("experts", width * a.hidden_size, expert_parallel=apart)
     yield Parameter("router", a.num_experts * a.hidden_size)
-    if fused:
+    if out_of.elements % 64 == 0 and not policy.overlap_gradient_reduction:
+        # Nothing is padded or parted between them: one stands for all, which makes large models quick to plan.
+        yield replace(into, elements=local * (into.elements + out_of.elements))
+    elif fused:
         yield from [into] * local
         yield from [out_of] * local
     else:
