@@ -71,7 +71,9 @@ def kept_of_layer(p: Pass, moe: bool) -> list[Amount]:
         of_unit = p.policy.recompute.layers
         inputs = p.split_positions * p.architecture.hidden_size * p.width
         return [
-            Amount("layer inputs", inputs / of_unit, f"{_rows(p)} x {p.architecture.hidden_size} x {p.width} / {of_unit}")
+            Amount(
+                "layer inputs", inputs / of_unit, f"{_rows(p)} x {p.architecture.hidden_size} x {p.width} / {of_unit}"
+            )
         ]
     dropped = _dropped(p, moe)
     return [amount for amount in layer_tensors(p, moe) if amount.name not in dropped]
@@ -86,14 +88,17 @@ def recomputed_at_once(p: Pass, layers: list[bool]) -> float:
     size, back = 1, []
     if recompute.granularity == "full":
         size = recompute.layers
-        whole = [total(layer_tensors(p, moe)) for moe in layers]
+        of_kind = {moe: total(layer_tensors(p, moe)) for moe in set(layers)}
+        whole = [of_kind[moe] for moe in layers]
         # The first norm's input is the unit's, unless the norm keeps a float32 copy of it.
         shared = p.transformer_engine or p.width == FLOAT32
         inputs = p.split_positions * p.architecture.hidden_size * p.width if shared else 0
         back = [sum(whole[i : i + size]) - inputs for i in range(0, len(whole), size)]
     else:
-        back = [max(_module_at_once(p, moe, module) for module in recompute.modules) for moe in layers]
-    kept = [total(kept_of_layer(p, moe)) for moe in layers]
+        of_kind = {moe: max(_module_at_once(p, moe, module) for module in recompute.modules) for moe in set(layers)}
+        back = [of_kind[moe] for moe in layers]
+    kept_of = {moe: total(kept_of_layer(p, moe)) for moe in set(layers)}
+    kept = [kept_of[moe] for moe in layers]
     return max(brought - sum(kept[(number + 1) * size :]) for number, brought in enumerate(back))
 
 
@@ -136,9 +141,9 @@ def peak(p: Pass, stage: int, micro_batches: int) -> list[Amount]:
     passes = in_flight(p.policy, stage, micro_batches)
     share = passes / layout.vpp
     parts: dict[str, float] = {}
-    for moe in layers:
+    for moe in sorted(set(layers)):
         for amount in kept_of_layer(p, moe):
-            parts[amount.name] = parts.get(amount.name, 0.0) + amount.value * share
+            parts[amount.name] = parts.get(amount.name, 0.0) + amount.value * share * layers.count(moe)
     held = f"{len(layers)} layers" + (f" x {share:g} passes in flight" if share != 1 else "")
     amounts = [Amount(name, value, f"{held}: {_formula(p, name)}") for name, value in parts.items()]
     outside = ends(p, stage == 0, stage == layout.pp - 1)
@@ -190,8 +195,12 @@ def _attention(p: Pass) -> list[Amount]:
     amounts = [
         *_norms(p, p.split_positions, a.hidden_size, count=2),
         Amount("attention norm output", p.split_positions * a.hidden_size * b, f"{_rows(p)} x {a.hidden_size} x {b}"),
-        Amount("feed-forward norm output", p.split_positions * a.hidden_size * b, f"{_rows(p)} x {a.hidden_size} x {b}"),
-        Amount("queries, keys, values", t * (heads + 2 * groups) * d * b, f"{t:,} x ({heads} + 2 x {groups}) x {d} x {b}"),
+        Amount(
+            "feed-forward norm output", p.split_positions * a.hidden_size * b, f"{_rows(p)} x {a.hidden_size} x {b}"
+        ),
+        Amount(
+            "queries, keys, values", t * (heads + 2 * groups) * d * b, f"{t:,} x ({heads} + 2 x {groups}) x {d} x {b}"
+        ),
     ]
     if a.qk_norm:
         amounts.append(_qk_norms(p, heads, groups))
@@ -240,9 +249,7 @@ def _moe(p: Pass) -> list[Amount]:
     choices = p.split_positions * a.experts_per_token
     router = p.split_positions * a.num_experts * (FLOAT32 + 1) + choices * (2 * INT64 + FLOAT32)
     amounts = [
-        Amount(
-            "router", router, f"{_rows(p)} x ({a.num_experts} x 5 + {a.experts_per_token} x 20)"
-        ),
+        Amount("router", router, f"{_rows(p)} x ({a.num_experts} x 5 + {a.experts_per_token} x 20)"),
         Amount("expert inputs", rows * (a.hidden_size * b + FLOAT32), f"{rows:,} x ({a.hidden_size} x {b} + 4)"),
     ]
     before = 2 if p.transformer_engine else 4
@@ -250,7 +257,9 @@ def _moe(p: Pass) -> list[Amount]:
     amounts.append(Amount("expert products", rows * inner * b, f"{rows:,} x {inner} x {b}"))
     if not p.transformer_engine:
         weights = local * 3 * a.hidden_size * inner * b
-        amounts.append(Amount("expert weights", weights, f"copies on a CPU: {local} x 3 x {a.hidden_size} x {inner} x {b}"))
+        amounts.append(
+            Amount("expert weights", weights, f"copies on a CPU: {local} x 3 x {a.hidden_size} x {inner} x {b}")
+        )
     return amounts
 
 

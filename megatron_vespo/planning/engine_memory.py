@@ -49,7 +49,9 @@ def weight_bytes(a: Architecture, width: int, tensor_parallel: int) -> int:
     groups = max(1, a.num_query_groups // tensor_parallel)
     attention = a.hidden_size * a.head_dim * (2 * a.num_attention_heads // tensor_parallel + 2 * groups)
     dense = 3 * a.hidden_size * a.ffn_hidden_size // tensor_parallel
-    sparse = 3 * a.hidden_size * a.moe_ffn_hidden_size * a.num_experts // tensor_parallel + a.hidden_size * a.num_experts
+    sparse = (
+        3 * a.hidden_size * a.moe_ffn_hidden_size * a.num_experts // tensor_parallel + a.hidden_size * a.num_experts
+    )
     layers = sum(sparse if moe else dense for moe in a.moe_layers)
     norms = a.num_layers * (2 * a.hidden_size + 2 * a.head_dim * a.qk_norm) + a.hidden_size
     tables = (1 if a.tied_embeddings else 2) * a.vocab_size * a.hidden_size // tensor_parallel
@@ -108,7 +110,9 @@ def host_memory(
     ranks = min(gpus_per_node, policy.ranks)
     engine_gpus = min(gpus_per_node, rollout.engine.count * rollout.engine.tensor_parallel)
     amounts = [
-        Amount("trainer processes", ranks * of_rank, f"{ranks} x {of_rank / 1e9:.1f} GB (6 GB assumed, offloaded state)"),
+        Amount(
+            "trainer processes", ranks * of_rank, f"{ranks} x {of_rank / 1e9:.1f} GB (6 GB assumed, offloaded state)"
+        ),
         Amount(
             "engine processes",
             engine_gpus * (ENGINE_PROCESS_BYTES + engine.routes.value),
@@ -131,5 +135,7 @@ def host_memory(
         )
     )
     share = config.algorithm.prompts_per_step * rollout.group_size * longest * of_token
-    amounts.append(Amount("Ray object store", OBJECT_STORE_BYTES, f"in shared memory; a step is up to {share / 1e9:.2f} GB"))
+    amounts.append(
+        Amount("Ray object store", OBJECT_STORE_BYTES, f"in shared memory; a step is up to {share / 1e9:.2f} GB")
+    )
     return amounts

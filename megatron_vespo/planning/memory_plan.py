@@ -107,9 +107,7 @@ def plan_memory(config: TrainConfig, machines: Machines, lengths: Lengths) -> Me
     architecture, source = known_architecture(config.model.path)
     require_fit(architecture, config.policy)
     _require_engine(config, architecture)
-    work = Work(
-        config.algorithm.prompts_per_step * config.rollout.group_size, lengths.prompt, lengths.mean_response
-    )
+    work = Work(config.algorithm.prompts_per_step * config.rollout.group_size, lengths.prompt, lengths.mean_response)
     trainers = stages(config, architecture)
     engine = engine_memory(config, architecture, machines.gpu_memory)
     where = (machines.gpu, machines.gpu_memory, machines.gpus_per_node)

@@ -93,67 +93,68 @@ def _heading(plan: MemoryPlan) -> Text:
     )
 
 
-def _table(title: str, *columns: str, text_last: bool = False) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
+def _titled(title: str, table: Table) -> Group:
+    """A table's own title would be folded to the table's width."""
+    return Group(Text(f"\n{title}", style="bold"), table)
+
+
+def _table(*columns: str, text_last: bool = False) -> Table:
+    table = Table(box=None, pad_edge=False, show_header=any(columns))
     for number, column in enumerate(columns):
         left = number == 0 or (text_last and number == len(columns) - 1)
         table.add_column(column, justify="left" if left else "right", no_wrap=not left)
     return table
 
 
-def _trainer_table(trainers: list[TrainerMemory]) -> Table:
+def _trainer_table(trainers: list[TrainerMemory]) -> Group:
     trainer = max(trainers, key=lambda t: t.peak)
     phases = trainer.phases
     which = "" if len(trainers) == 1 else f", of pipeline stage {trainer.stage}, the fullest"
-    table = _table(f"\nGB on a trainer's GPU{which}", "", *phases)
+    table = _table("", *phases)
     names = dict.fromkeys(amount.name for amounts in phases.values() for amount in amounts)
     for name in sorted(names, key=lambda name: name == "fragmentation"):
         cells = [next((a.value for a in amounts if a.name == name), None) for amounts in phases.values()]
         table.add_row(name, *("" if value is None else f"{value / GB:.2f}" for value in cells))
     table.add_row("total", *(f"{total(amounts) / GB:.2f}" for amounts in phases.values()), style="bold")
-    return table
+    return _titled(f"GB on a trainer's GPU{which}", table)
 
 
-def _engine_table(plan: MemoryPlan) -> Table:
+def _engine_table(plan: MemoryPlan) -> Group:
     engine = plan.engine
-    table = _table("\nGB on an engine's GPU", "", "", "", text_last=True)
+    table = _table("", "", "", text_last=True)
     for amount in engine.amounts:
         table.add_row(amount.name, f"{amount.value / GB:.2f}", "")
     table.add_row("total", f"{engine.peak / GB:.2f}", "", style="bold")
     table.add_row(
         "at once",
         f"{engine.at_longest:,}",
-        f"requests an engine at full length, {engine.at_mean:,} at half of it; the cache holds {engine.cache_tokens:,} tokens",
+        f"requests an engine at full length, {engine.at_mean:,} at half; its cache holds {engine.cache_tokens:,} tokens",
     )
-    return table
+    return _titled("GB on an engine's GPU", table)
 
 
-def _host_table(plan: MemoryPlan) -> Table:
-    table = _table("\nGB of host memory of a node (trainers and engines on one: at most)", "", "")
+def _host_table(plan: MemoryPlan) -> Group:
+    table = _table("", "")
     for amount in plan.host:
         table.add_row(amount.name, f"{amount.value / GB:.1f}")
     table.add_row("total", f"{total(plan.host) / GB:.1f} of {plan.machines.host_memory / GB:,.0f}", style="bold")
-    return table
+    return _titled("GB of a node's host memory, at most (with trainers, engines and the driver on it)", table)
 
 
-def _time_table(plan: MemoryPlan) -> Table:
-    table = _table("\nSeconds of an optimizer step (estimates)", "", "", "", text_last=True)
+def _time_table(plan: MemoryPlan) -> Group:
+    table = _table("", "", "", text_last=True)
     for phase, amounts in plan.times.items():
         parts = ", ".join(f"{a.name} {a.value:.1f}" for a in amounts if a.value >= 0.05) if len(amounts) > 1 else ""
         table.add_row(phase, f"{total(amounts):.1f}", parts)
     synchronous = plan.config.algorithm.asynchronous is None
     how = "one after the other" if synchronous else "generation beside the rest"
     table.add_row("step", f"{plan.step_seconds:.1f}", how, style="bold")
-    return table
+    return _titled("Seconds of an optimizer step (estimates)", table)
 
 
-def _layout_table(plan: MemoryPlan) -> Table:
+def _layout_table(plan: MemoryPlan) -> Group:
     best = plan.layouts[0]
-    table = _table(
-        f"\nLayouts of {plan.config.policy.ranks} ranks, best of {len(plan.layouts)} first",
-        *("", "GB", "s to train", "against the first"),
-        text_last=True,
-    )
+    table = _table("", "GB", "s to train", "against the first", text_last=True)
     shown = plan.layouts[:SHOWN_LAYOUTS]
     own = next((candidate for candidate in plan.layouts if candidate.layout == plan.own.layout), plan.own)
     for candidate in shown if own in shown else [*shown, own]:
@@ -165,7 +166,7 @@ def _layout_table(plan: MemoryPlan) -> Table:
             why_worse(candidate, best),
             style="bold" if mine else None,
         )
-    return table
+    return _titled(f"Layouts of {plan.config.policy.ranks} ranks, best of {len(plan.layouts)} first", table)
 
 
 def _print_formulas(console: Console, plan: MemoryPlan) -> None:

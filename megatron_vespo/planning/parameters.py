@@ -53,8 +53,9 @@ def chunk_parameters(
     parameters = []
     if first:
         parameters.append(Parameter("embedding", vocabulary, own_bucket=tied_copies))
+    of_kind = {moe: list(_layer(a, policy, moe, transformer_engine)) for moe in set(a.moe_layers)}
     for layer in chunk_layers(a, policy, stage, chunk):
-        parameters += _layer(a, policy, a.moe_layers[layer], transformer_engine)
+        parameters += of_kind[a.moe_layers[layer]]
     if last:
         parameters.append(Parameter("norm", a.hidden_size))
     if last and not (a.tied_embeddings and first):

@@ -52,7 +52,9 @@ def training_seconds(trainer: TrainerMemory, work: Work, gpu: Hardware, gpus_per
     count = max(trainer.micro_batches, 1)
     bubble = (layout.pp - 1) / (count * layout.vpp)
     amounts.append(
-        Amount("pipeline bubble", total(amounts) * bubble, f"computation x ({layout.pp} - 1) / ({count} x {layout.vpp})")
+        Amount(
+            "pipeline bubble", total(amounts) * bubble, f"computation x ({layout.pp} - 1) / ({count} x {layout.vpp})"
+        )
     )
     per_rank = tokens / policy.data_parallel_size / layout.cp
     passes = 3 if policy.recompute.granularity == "full" else 2
@@ -80,7 +82,11 @@ def training_seconds(trainer: TrainerMemory, work: Work, gpu: Hardware, gpus_per
         amounts.append(Amount(found.name, found.value, found.formula + overlapped))
     stepped = trainer.state.stepped * 4 * OPTIMIZER_PASSES
     amounts.append(
-        Amount("optimizer", stepped / gpu.memory_bandwidth, f"{stepped / 1e9:.1f} GB / {gpu.memory_bandwidth / 1e12:g} TB/s")
+        Amount(
+            "optimizer",
+            stepped / gpu.memory_bandwidth,
+            f"{stepped / 1e9:.1f} GB / {gpu.memory_bandwidth / 1e12:g} TB/s",
+        )
     )
     return amounts
 
@@ -100,7 +106,9 @@ def sync_seconds(config: TrainConfig, a: Architecture, gpu: Hardware) -> Amount:
     """Of one weight update: all weights once through one rank's link."""
     size = weight_bytes(a, DTYPE_BYTES[config.model.dtype], 1)
     link = gpu.network_bandwidth * LINK_EFFICIENCY
-    return Amount("weight sync", size / link, f"{size / 1e9:.1f} GB / ({gpu.network_bandwidth / 1e9:g} GB/s x {LINK_EFFICIENCY})")
+    return Amount(
+        "weight sync", size / link, f"{size / 1e9:.1f} GB / ({gpu.network_bandwidth / 1e9:g} GB/s x {LINK_EFFICIENCY})"
+    )
 
 
 def decode_seconds(config: TrainConfig, a: Architecture, running: int, context: float, gpu: Hardware) -> Amount:
@@ -122,9 +130,7 @@ def decode_seconds(config: TrainConfig, a: Architecture, running: int, context: 
     return Amount("decode iteration", read + compute, text)
 
 
-def generation_seconds(
-    config: TrainConfig, a: Architecture, work: Work, memory: EngineMemory, gpu: Hardware
-) -> Amount:
+def generation_seconds(config: TrainConfig, a: Architecture, work: Work, memory: EngineMemory, gpu: Hardware) -> Amount:
     """Of the responses of one optimizer step on all engines, all of them busy; at least the longest response alone, shared
     by the steps of a rollout batch."""
     engines = config.rollout.engine.count
@@ -136,7 +142,9 @@ def generation_seconds(
     alone = config.rollout.max_response_tokens * decode_seconds(config, a, 1, work.tokens, gpu).value / steps
     text = f"{work.sequences:,} x {work.response:,.0f} tokens / {engines} engines / {running} at once x {iteration * 1e3:.1f} ms"
     if alone > seconds:
-        return Amount("generation", alone, f"longest response alone, shared by {steps} steps; all together {seconds:.1f} s")
+        return Amount(
+            "generation", alone, f"longest response alone, shared by {steps} steps; all together {seconds:.1f} s"
+        )
     return Amount("generation", seconds, text)
 
 

@@ -47,7 +47,9 @@ class TrainerMemory:
         expert_ranks = policy.ranks // policy.layout.expert_model_ranks
         of_data, of_experts = policy.ranks // (policy.layout.tp * policy.layout.pp), expert_ranks
         places = [RankPlace(self.stage, rank, min(rank, of_experts - 1)) for rank in {0, of_data - 1}]
-        found = [state_bytes(self.architecture, policy, model.dtype, p, self.one_pass.transformer_engine) for p in places]
+        found = [
+            state_bytes(self.architecture, policy, model.dtype, p, self.one_pass.transformer_engine) for p in places
+        ]
         return max(found, key=lambda state: state.total)
 
     @cached_property
@@ -112,7 +114,9 @@ class TrainerMemory:
         logits, formula = chunk * block * (FLOAT32 + b) * 2, f"2 x {chunk} x {block} x (4 + {b})"
         if not backward:
             hidden = self.positions * a.hidden_size * b
-            return Amount("logits chunk", logits + hidden, f"{formula} + hidden {self.positions:,} x {a.hidden_size} x {b}")
+            return Amount(
+                "logits chunk", logits + hidden, f"{formula} + hidden {self.positions:,} x {a.hidden_size} x {b}"
+            )
         rows = padded_vocabulary(a, policy) // policy.layout.tp
         gradients = self.positions * a.hidden_size * (FLOAT32 + b) + rows * a.hidden_size * b
         text = f"{formula} + {self.positions:,} x {a.hidden_size} x (4 + {b}) + {rows:,} x {a.hidden_size} x {b}"

@@ -65,9 +65,7 @@ def storage_bytes(tensors: list[Tensor]) -> int:
     return sum(storages.values())
 
 
-def state(
-    rank: int, world_size: int, port: int, architecture: Architecture, policy: PolicyConfig, dtype: str
-) -> State:
+def state(rank: int, world_size: int, port: int, architecture: Architecture, policy: PolicyConfig, dtype: str) -> State:
     """Takes one step, since AdamW's moments come into being with it."""
     trainer = joined(rank, world_size, port, architecture, policy, dtype)
     try:

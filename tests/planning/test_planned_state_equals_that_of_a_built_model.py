@@ -1,6 +1,6 @@
 """Bytes of parameters, gradients and optimizer state, on every rank: planned from sizes, and counted on built models.
 
-The sizes are odd on purpose, so that every rule of padding and every share of a bucket shows.
+The sizes are odd on purpose, so that every rule of padding and every share of a bucket shows, in all but one model.
 """
 
 from dataclasses import replace
@@ -35,9 +35,17 @@ MOE = Architecture(
 )
 MIXED_TIED = replace(MOE, moe_layers=(False, True, True, False), tied_embeddings=True)
 DENSE = replace(
-    MOE, architecture="Qwen3ForCausalLM", moe_layers=(False,) * 4, num_experts=0, experts_per_token=0, moe_ffn_hidden_size=0
+    MOE,
+    architecture="Qwen3ForCausalLM",
+    moe_layers=(False,) * 4,
+    num_experts=0,
+    experts_per_token=0,
+    moe_ffn_hidden_size=0,
 )
 LLAMA_TIED = replace(DENSE, architecture="LlamaForCausalLM", qk_norm=False, tied_embeddings=True)
+
+ALIGNED = replace(MIXED_TIED, hidden_size=64, moe_ffn_hidden_size=32)
+"""Sizes as large models have them: the plan then takes all experts of a layer for one."""
 
 QUICK = (
     ("tp=2,ep=2,dp=2", MOE, "bfloat16"),
@@ -55,6 +63,7 @@ OTHERS = (
     ("cp=2,ep=4", MOE, "bfloat16"),
     ("tp=2,cp=2,ep=2", MIXED_TIED, "float32"),
     ("pp=4,overlap=parameters", MIXED_TIED, "bfloat16"),
+    ("ep=2,dp=4", ALIGNED, "bfloat16"),
 )
 
 
