@@ -65,6 +65,8 @@ def ranked(
         evaluate(candidate, architecture, work, gpu, gpu_memory, gpus_per_node)
         for candidate in _configurations(config, architecture, gpus_per_node)
     ]
+    if all(candidate.layout != config.policy.layout for candidate in found):
+        found.append(evaluate(config, architecture, work, gpu, gpu_memory, gpus_per_node))
     found = [candidate for candidate in found if candidate.layout.cp == 1 or not _fits_without(candidate, found)]
     return sorted(found, key=lambda c: (not c.fits, c.seconds if c.fits else c.peak))
 

@@ -57,8 +57,16 @@ def command(*arguments: object) -> subprocess.CompletedProcess:
 
 @pytest.mark.parametrize(
     ("name", "billions", "within"),
-    [("0.6B", 0.6, 0.05), ("1.7B", 1.7, 0.05), ("4B", 4.0, 0.05), ("8B", 8.2, 0.02), ("14B", 14.8, 0.02)]
-    + [("32B", 32.8, 0.02), ("30B-A3B", 30.5, 0.01), ("235B-A22B", 235, 0.01)],
+    [
+        ("0.6B", 0.6, 0.05),
+        ("1.7B", 1.7, 0.05),
+        ("4B", 4.0, 0.05),
+        ("8B", 8.2, 0.02),
+        ("14B", 14.8, 0.02),
+        ("32B", 32.8, 0.02),
+        ("30B-A3B", 30.5, 0.01),
+        ("235B-A22B", 235, 0.01),
+    ],
 )
 def test_published_shapes_have_the_published_number_of_parameters(name, billions, within):
     """Numbers of the model cards."""
