@@ -114,7 +114,7 @@ def _trainer_table(trainers: list[TrainerMemory]) -> Group:
     names = dict.fromkeys(amount.name for amounts in phases.values() for amount in amounts)
     for name in sorted(names, key=lambda name: name == "fragmentation"):
         cells = [next((a.value for a in amounts if a.name == name), None) for amounts in phases.values()]
-        table.add_row(name, *("" if value is None else f"{value / GB:.2f}" for value in cells))
+        table.add_row(name, *("" if value is None else _gigabytes(value) for value in cells))
     table.add_row("total", *(f"{total(amounts) / GB:.2f}" for amounts in phases.values()), style="bold")
     return _titled(f"GB on a trainer's GPU{which}", table)
 
@@ -123,7 +123,7 @@ def _engine_table(plan: MemoryPlan) -> Group:
     engine = plan.engine
     table = _table("", "", "", text_last=True)
     for amount in engine.amounts:
-        table.add_row(amount.name, f"{amount.value / GB:.2f}", "")
+        table.add_row(amount.name, _gigabytes(amount.value), "")
     table.add_row("total", f"{engine.peak / GB:.2f}", "", style="bold")
     table.add_row(
         "at once",
@@ -145,10 +145,10 @@ def _time_table(plan: MemoryPlan) -> Group:
     table = _table("", "", "", text_last=True)
     for phase, amounts in plan.times.items():
         parts = ", ".join(f"{a.name} {a.value:.1f}" for a in amounts if a.value >= 0.05) if len(amounts) > 1 else ""
-        table.add_row(phase, f"{total(amounts):.1f}", parts)
+        table.add_row(phase, _seconds(total(amounts)), parts)
     synchronous = plan.config.algorithm.asynchronous is None
     how = "one after the other" if synchronous else "generation beside the rest"
-    table.add_row("step", f"{plan.step_seconds:.1f}", how, style="bold")
+    table.add_row("step", _seconds(plan.step_seconds), how, style="bold")
     return _titled("Seconds of an optimizer step (estimates)", table)
 
 
@@ -162,7 +162,7 @@ def _layout_table(plan: MemoryPlan) -> Group:
         table.add_row(
             candidate.name + (" (this one)" if mine else ""),
             f"{candidate.peak / GB:.1f}",
-            f"{candidate.seconds:.1f}",
+            _seconds(candidate.seconds),
             why_worse(candidate, best),
             style="bold" if mine else None,
         )
@@ -200,6 +200,14 @@ def _verdict(plan: MemoryPlan) -> Text:
         f"engine's {(memory - plan.engine.peak) / GB:.1f} GB",
         style="bold green",
     )
+
+
+def _gigabytes(value: float) -> str:
+    return "<0.01" if 0 < value < 0.005 * GB else f"{value / GB:.2f}"
+
+
+def _seconds(value: float) -> str:
+    return "<0.1" if 0 < value < 0.05 else f"{value:.1f}"
 
 
 def _count(parameters: int) -> str:
