@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: quickstart quickstart-async compare test test-all check format clean
+.PHONY: quickstart quickstart-async compare docs test test-all check format clean
 
 quickstart: $(STAMP)
 	$(BIN)/megatron-vespo train examples/quickstart.yaml
@@ -18,10 +18,15 @@ compare: $(STAMP)
 	$(BIN)/megatron-vespo ablate examples/lab/compare.yaml --out runs/compare
 
 test: check
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --durations=30 -m "not slow"
 
 test-all: check
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+# The documentation as a site: build/site/index.html
+docs: $(STAMP)
+	$(BIN)/python tools/write_config_reference.py
+	$(BIN)/mkdocs build --strict --quiet
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .

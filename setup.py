@@ -37,7 +37,7 @@ setup(
     ],
     extras_require={
         "cuda": ["sglang==0.5.23", "transformer-engine[pytorch]"],
-        "dev": ["pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "ruff", "pyright", "trl"],
+        "dev": ["pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "ruff", "pyright", "trl", "mkdocs-material"],
     },
     entry_points={
         "console_scripts": ["megatron-vespo = megatron_vespo.cli:main"],

@@ -125,11 +125,26 @@ def ablate(
 
 
 @app.command()
-def report(run: Annotated[Path, typer.Argument(help="Folder of a run.", metavar="RUN")]) -> None:
-    """Write report.html again from a run's files."""
+def report(
+    runs: Annotated[
+        list[Path], typer.Argument(help="Folders of runs; of several, one page compares them.", metavar="RUN...")
+    ],
+    output: Annotated[
+        Path | None,
+        typer.Option("--out", help="Page that compares runs; else comparison.html in the folder of them all."),
+    ] = None,
+) -> None:
+    """Write report.html again from a run's files, or compare several runs on one page."""
+    if len(runs) > 1:
+        from megatron_vespo.observability.compare_runs import compare_runs
+
+        print(f"comparison: {compare_runs(runs, output)}")
+        return
+    if output is not None:
+        raise ConfigError("--out is for the page that compares runs, and there is one run: leave it out")
     from megatron_vespo.observability.report import write_report
 
-    print(f"report: {write_report(run)}")
+    print(f"report: {write_report(runs[0])}")
 
 
 @app.command()

@@ -29,6 +29,7 @@ class AblationConfig(Section):
     """`megatron-vespo ablate`."""
 
     title: str
+    """Of the page."""
     config: str
     """Configuration of `megatron-vespo train` that every run starts from, relative to this file."""
     set: dict[str, Any] = Field(default_factory=dict)
@@ -38,6 +39,7 @@ class AblationConfig(Section):
     grid: dict[str, tuple[Any, ...]] = Field(default_factory=dict)
     """Values to try, by key.path."""
     seeds: tuple[PositiveInt, ...] = Field(default=(1, 2, 3), min_length=1)
+    """Every variant is trained with each."""
 
     @field_validator("grid")
     @classmethod

@@ -16,6 +16,8 @@ class ReasoningGymSource(Section):
     """Arguments of that dataset's config."""
     partial_credit: bool = False
     """False: the reward is 1 for a full score of the task's own scorer, else 0."""
+    environment: str | None = None
+    """As in a file source; `row` is the dataset's entry."""
     weight: PositiveFloat = 1.0
     """Share of this source among all sources."""
 
@@ -30,7 +32,11 @@ class FileSource(Section):
     """Column handed to the scorer as the reference answer."""
     scorer: str | None = None
     """`exact_match`, `math_verify`, or the dotted path `package.module:function` of `(response, answer, row) -> float`."""
+    environment: str | None = None
+    """Of tasks with several turns: the dotted path `package.module:function` of `(response, answer, row) -> str | None`,
+    which gets the response so far and says what comes into the context after it; None ends the response."""
     weight: PositiveFloat = 1.0
+    """Its share of the prompts, relative to those of other sources."""
 
 
 class CustomSource(Section):
@@ -38,9 +44,13 @@ class CustomSource(Section):
     target: str
     """Dotted path `package.module:Class` of a prompt source (see megatron_vespo.data.sources)."""
     settings: dict[str, Any] = Field(default_factory=dict)
+    """Keyword arguments of the class."""
     scorer: str | None = None
     """As in a file source; None: the source's own `score`."""
+    environment: str | None = None
+    """As in a file source; `answer` is the item's `reference`."""
     weight: PositiveFloat = 1.0
+    """As in a file source."""
 
 
 Source = Annotated[ReasoningGymSource | FileSource | CustomSource, Field(discriminator="type")]
@@ -48,7 +58,9 @@ Source = Annotated[ReasoningGymSource | FileSource | CustomSource, Field(discrim
 
 class DataConfig(Section):
     sources: tuple[Source, ...]
+    """Each prompt is drawn from one of them, by their weights."""
     max_prompt_tokens: PositiveInt = 1024
+    """With chat template."""
     overlong_prompts: Literal["drop", "error"] = "drop"
     """What happens to a prompt longer than `max_prompt_tokens`; dropped ones are counted."""
     system_prompt: str | None = None
@@ -75,4 +87,6 @@ class ExcludedPrompts(Section):
 
     source: Source
     seed: int
+    """With which that source was drawn from."""
     size: PositiveInt
+    """How many prompts were drawn."""

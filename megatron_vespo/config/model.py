@@ -24,13 +24,19 @@ class OptimizerConfig(Section):
     """AdamW."""
 
     learning_rate: PositiveFloat = 1e-6
+    """The largest of the schedule."""
     min_learning_rate: float = Field(default=0.0, ge=0)
     """Where `schedule` ends."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """From `learning_rate` to `min_learning_rate` over the run."""
     warmup_steps: int = Field(default=0, ge=0)
+    """Linear from 0, before the schedule."""
     betas: tuple[Beta, Beta] = (0.9, 0.95)
+    """AdamW's."""
     epsilon: PositiveFloat = 1e-8
+    """AdamW's."""
     weight_decay: float = Field(default=0.0, ge=0)
+    """AdamW's, decoupled from the gradient."""
     weight_decay_exempt: tuple[str, ...] = ("*.bias", "*norm*.weight", "*layernorm*")
     """Megatron parameter names (shell patterns) that don't decay."""
     gradient_clip: float = Field(default=1.0, ge=0)

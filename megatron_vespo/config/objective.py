@@ -16,7 +16,9 @@ class KernelCoefficients(Section):
     """phi(W) = W^c1 exp(c2 (1 - W)); largest at W = c1/c2."""
 
     c1: PositiveFloat
+    """Power of W. The maximum is at W = c1 / c2."""
     c2: PositiveFloat
+    """Rate of the exponential decay."""
 
 
 class VespoKernel(Section):
@@ -54,7 +56,9 @@ class ClipSettings(Section):
     """min(r A, clip(r, 1 - clip_low, 1 + clip_high) A) for the token's ratio r."""
 
     clip_low: ClipLow = 0.2
+    """A token's ratio counts down to 1 - clip_low."""
     clip_high: PositiveFloat = 0.2
+    """And up to 1 + clip_high."""
     dual_clip: float | None = Field(default=None, gt=1)
     """c > 1: where A < 0, the surrogate is at least c A, so a ratio above c has no gradient (arXiv 1912.09729, c = 3)."""
 
@@ -88,7 +92,9 @@ class SequenceClipSettings(Section):
     """min(s A, clip(s, 1 - clip_low, 1 + clip_high) A) for s = W^(1/T)."""
 
     clip_low: ClipLow = 3e-4
+    """W^(1/T) counts down to 1 - clip_low."""
     clip_high: PositiveFloat = 4e-4
+    """And up to 1 + clip_high."""
 
 
 class GSPOKernel(SequenceClipSettings):
@@ -140,6 +146,7 @@ class CustomKernel(Section):
     function: str
     """Dotted path `package.module:function`."""
     options: dict[str, Any] = Field(default_factory=dict)
+    """Given to the function as they are."""
 
 
 def named(value: object) -> object:
@@ -179,6 +186,7 @@ class TruncatedCorrection(Section):
 
     name: Literal["tis"]
     level: Level = "token"
+    """Of each token, or of the whole response."""
     cap: PositiveFloat = 2.0
 
 
@@ -187,6 +195,7 @@ class MaskedCorrection(Section):
 
     name: Literal["masked_is"]
     level: Level = "sequence"
+    """Of each token, or of the whole response."""
     cap: PositiveFloat = 2.0
 
 

@@ -12,12 +12,19 @@ class SamplingConfig(Section):
     temperature: float = Field(default=1.0, ge=0)
     """0 is greedy (evaluation only)."""
     top_p: float = Field(default=1.0, gt=0, le=1)
+    """Least number of tokens that hold this much probability."""
     top_k: int = -1
+    """So many of the likeliest tokens; -1: all."""
     min_p: float = Field(default=0.0, ge=0, le=1)
+    """Tokens at least as likely as this share of the likeliest one's probability."""
     frequency_penalty: float = 0.0
+    """Taken from a logit for each time that the token was sampled."""
     presence_penalty: float = 0.0
+    """Taken from the logits of tokens that were sampled."""
     repetition_penalty: float = 1.0
+    """Positive logits of tokens that were seen are divided by it, negative ones multiplied."""
     logit_bias: dict[str, float] | None = None
+    """Added to logits, by token id."""
 
 
 NEUTRAL_SAMPLING = SamplingConfig()
@@ -47,11 +54,14 @@ class EngineConfig(Section):
     max_total_tokens: PositiveInt | None = None
     """Size of the KV cache in tokens; None lets SGLang decide from memory."""
     max_running_requests: PositiveInt | None = None
+    """Of an engine at once; more wait in its queue. None: what SGLang finds fitting."""
     memory_fraction: float = Field(default=0.7, gt=0, lt=1)
+    """Of GPU memory for weights and KV cache (`--mem-fraction-static`)."""
     port: int | None = Field(default=None, ge=1, le=65535)
     """Of the first server, further ones count up from it. None: free ports. A port in use is replaced by a free one, and
     said."""
     startup_timeout_seconds: PositiveFloat = 600.0
+    """Until an engine serves."""
     request_timeout_seconds: PositiveFloat = 1800.0
     """An engine that has not answered a request by then is taken for hung."""
     hang_timeout_seconds: PositiveFloat = 120.0
@@ -84,13 +94,17 @@ class RolloutConfig(Section):
     group_size: int = Field(default=8, ge=2)
     """Responses to one prompt; a group's advantage needs at least two."""
     max_response_tokens: PositiveInt = 1024
+    """A response is cut there."""
     sampling: SamplingConfig = SamplingConfig()
+    max_turns: PositiveInt = 8
+    """Of a response, where its source has an `environment`. What that says counts in `max_response_tokens`."""
     response_length: ResponseLengthConfig | None = None
     """None: the model ends its responses."""
     truncated: Literal["keep", "mask", "penalise"] = "keep"
     """A response cut at `max_response_tokens`: trained on as graded; not trained on (its reward still counts in its
     group's mean); graded less `truncation_penalty`. Evaluations always grade as is."""
     truncation_penalty: float = Field(default=0.5, ge=0)
+    """Taken from the reward with `truncated: penalise`."""
     deterministic: bool = False
     """Batch-invariant sampling with a seed for each sample: the same seed gives bitwise the same run. Costs speed."""
     concurrent_groups: PositiveInt = 256

@@ -41,6 +41,7 @@ class SinksConfig(Section):
     console: Literal["auto", "live", "plain"] = "auto"
     """`live` redraws one view, `plain` prints a line per step; `auto` is live on a terminal."""
     tensorboard: bool = True
+    """Write its files too, into `run_dir`/tensorboard."""
 
 
 class ObservabilityConfig(SinksConfig):
@@ -86,6 +87,8 @@ class TrainConfig(Section):
                 "weight_sync.flush_cache",
                 "asynchronous.update: in_place keeps the cache of what is being sampled: set it to false",
             )
+        if self.rollout.response_length is not None and any(source.environment for source in self.data.sources):
+            yield "rollout.response_length", "a response of several turns has no drawn length: leave out one of the two"
         if self.checkpoint.save_every > 0 and self.policy.optimizer_cpu_offload > 0:
             yield "checkpoint.save_every", "not together with policy.optimizer_cpu_offload: set one of them to 0"
         if self.policy.reference is not None and self.model.initialization == "random":
@@ -114,11 +117,15 @@ class SFTConfig(Section):
     """`megatron-vespo sft`."""
 
     seed: int = Field(default=1, ge=0)
+    """Of everything random."""
     run_dir: str
+    """Folder of this run's outputs."""
     overwrite: bool = False
+    """Replace a run that is already in `run_dir`."""
     model: ModelConfig
     demonstrations: DemonstrationsConfig
     steps: PositiveInt
+    """Optimizer steps."""
     policy: PolicyConfig = PolicyConfig()
     optimizer: SFTOptimizerConfig = SFTOptimizerConfig()
     observability: SinksConfig = SinksConfig()

@@ -69,6 +69,10 @@ class ChatTokenizer:
         ids = self.backend.encode(response, add_special_tokens=False)
         return np.asarray([*ids, self.end_token_id], dtype=np.int32)
 
+    def observation_ids(self, text: str) -> NDArray[np.int32]:
+        """[tokens] int32 of what an environment says, which comes behind a response's own tokens as it is."""
+        return np.asarray(self.backend.encode(text, add_special_tokens=False), dtype=np.int32)
+
     def decode_response(self, response_ids: NDArray[np.int32] | list[int]) -> str:
         """The text that graders and reports see: cut before the stop token at the end, all other tokens kept.
 

@@ -100,8 +100,8 @@ def gpus_per_process(processes: int) -> int:
     there = int(ray.cluster_resources().get("GPU", 0))
     if 0 < there < processes:
         raise ConfigError(
-            f"the run needs {processes} GPUs (policy.ranks and the engine's rollout.engine.tensor_parallel), "
-            f"this host has {there}: lower policy.ranks"
+            f"the run needs {processes} GPUs (policy.ranks, and rollout.engine.count times rollout.engine.tensor_parallel), "
+            f"there are {there}: lower one of these"
         )
     return 1 if there else 0
 

@@ -5,9 +5,10 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
+from megatron_vespo.orchestration.engine_calls import EnginesFailed
 from megatron_vespo.orchestration.session import Session
 from megatron_vespo.orchestration.supervision import RunFailed
-from megatron_vespo.orchestration.weight_updater import EnginesFailed, SyncReport
+from megatron_vespo.orchestration.weight_updater import SyncReport
 from megatron_vespo.rollout.client import EngineClient
 
 T = TypeVar("T")

@@ -24,7 +24,7 @@ from megatron_vespo.orchestration.runtime import Runtime
 from megatron_vespo.orchestration.sampler import Sampler
 from megatron_vespo.orchestration.supervision import RunFailed, all_of
 from megatron_vespo.rewards.pool import OUTCOMES, RewardPool
-from megatron_vespo.rewards.scorers import build_scorers
+from megatron_vespo.rewards.scorers import build_environments, build_scorers
 
 
 def run_evaluation(config: EvaluateConfig, checkpoint: Path, output: Path | None, console: RunConsole) -> str:
@@ -38,7 +38,9 @@ def run_evaluation(config: EvaluateConfig, checkpoint: Path, output: Path | None
     architecture = check_folder(checkpoint)
     check_engine(str(checkpoint), config.dtype, architecture, config.data, config.rollout)
     tokenizer = load_tokenizer(checkpoint)
-    build_scorers(numbered_sources(config.data, config.evaluation.sources))
+    sources = numbered_sources(config.data, config.evaluation.sources)
+    build_scorers(sources)
+    build_environments(sources)
     prompts = held_out_prompts(config.evaluation, config.data, tokenizer)
 
     async def main() -> dict[str, Any]:
@@ -56,7 +58,7 @@ def run_evaluation(config: EvaluateConfig, checkpoint: Path, output: Path | None
             runtime.on_stop("graders", lambda: asyncio.to_thread(grader.close))
             starting = all_of(engines.start(), asyncio.to_thread(grader.start))
             timeout = config.rollout.engine.startup_timeout_seconds
-            await runtime.supervisor.wait("start engine and graders", starting, timeout, owner="engine, graders")
+            await runtime.supervisor.wait("start engine and graders", starting, timeout, owner="engines, graders")
             sampler = Sampler(
                 engines.fleet, grader, tokenizer, architecture.vocab_size, config.rollout, runtime.supervisor, console
             )

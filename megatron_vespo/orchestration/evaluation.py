@@ -50,6 +50,7 @@ async def sample_held_out(
         vocab_size=sampler.vocab_size,
         run_seed=config.seed,
         weight_version=weight_version,
+        environment=sampler.answer,
     )
     groups, sampling, grading = await sampler.collect(stream, prompts)
     return groups, sampling + grading
@@ -73,7 +74,7 @@ def write_samples(path: Path, groups: list[Group], count: int) -> None:
             "prompt": t.prompt.text,
             "response": t.text,
             "reward": t.reward,
-            "length": len(t.response_ids),
+            "length": t.sampled_tokens,
             "truncated": t.truncated,
         }
         for t in chosen

@@ -77,7 +77,7 @@ class Generator:
             self._changed.clear()
             missing = len(self.ledger.waited_for(self.complete))
             what = f"wait for {missing} of {len(self._running)} groups that are being sampled"
-            await supervisor.wait(what, self._next_change(), timeout.request_timeout_seconds, owner="engine, graders")
+            await supervisor.wait(what, self._next_change(), timeout.request_timeout_seconds, owner="engines, graders")
         self.ledger.use(chosen)
         groups = [self.complete.pop(number) for number in chosen]
         self.start()
@@ -133,7 +133,7 @@ class Generator:
         group = await generate_group(session.sampler.fleet, prompt, self._generation())
         await session.sampler.grade(group)
         settle_truncated([group], session.config.rollout)
-        tokens = sum(len(trajectory.response_ids) for trajectory in group.trajectories)
+        tokens = sum(trajectory.sampled_tokens for trajectory in group.trajectories)
         self._tokens += tokens
         session.tally.generated_tokens += tokens
         session.tally.trajectories_generated += len(group.trajectories)
@@ -159,6 +159,7 @@ class Generator:
             cache_version=session.weights.cache_version,
             routes=session.routing_shape,
             response_length=config.rollout.response_length,
+            environment=session.sampler.answer,
         )
 
     def _ended(self, number: int, task: asyncio.Task[None]) -> None:

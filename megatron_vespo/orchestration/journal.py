@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 from typing import Self
 
+from megatron_vespo.errors import RunError
 from megatron_vespo.rollout.trajectory import Trajectory
 from megatron_vespo.rollout.trajectory_file import read_trajectories, write_trajectories
 
@@ -35,13 +36,13 @@ class StepJournal:
         """Begin to write the batch of `step`, which must not change any more; that of the step before is then written.
 
         Raises:
-            OSError: that could not be written.
+            RunError: that could not be written.
         """
         await self._written()
         self._writing = asyncio.create_task(asyncio.to_thread(self._write, step, trajectories))
 
     async def read(self, step: int) -> list[Trajectory]:
-        """Bit for bit what was added, in its order. Raises OSError as `add`."""
+        """Bit for bit what was added, in its order. Raises RunError as `add`, OSError if it cannot be read."""
         await self._written()
         return await asyncio.to_thread(read_trajectories, self._of(step))
 
@@ -52,8 +53,15 @@ class StepJournal:
                 shutil.rmtree(folder)
 
     async def _written(self) -> None:
-        if self._writing is not None:
+        if self._writing is None:
+            return
+        try:
             await self._writing
+        except OSError as error:
+            raise RunError(
+                f"{self._folder}: the batch of a step could not be written, from which a lost policy would come back: "
+                f"{error}. Make room there, or set policy.max_restarts to 0; --resume auto goes on"
+            ) from error
 
     def _write(self, step: int, trajectories: list[Trajectory]) -> None:
         folder = self._of(step)

@@ -47,8 +47,7 @@ def shape_rewards(groups: list[Group], algorithm: AlgorithmConfig, max_response_
             torch.from_numpy(np.concatenate([t.log_probs_of(policy) for t in trajectories]))
             for policy in (algorithm.old_policy, "reference")
         )
-        everything = torch.ones(len(log_probs), dtype=torch.bool)
-        penalties = kl_penalty(kl, log_probs, reference, everything, response_bounds(trajectories))
+        penalties = kl_penalty(kl, log_probs, reference, sampled_tokens(trajectories), response_bounds(trajectories))
         _take_off(trajectories, penalties.numpy())
 
 
@@ -62,9 +61,16 @@ def response_bounds(trajectories: list[Trajectory]) -> Tensor:
     return torch.tensor([0, *np.cumsum([len(t.response_ids) for t in trajectories])], dtype=torch.int32)
 
 
+def sampled_tokens(trajectories: list[Trajectory]) -> Tensor:
+    """Which tokens of responses that are put behind each other the engine sampled: [response tokens of all] bool."""
+    return torch.from_numpy(np.concatenate([t.sampled for t in trajectories]))
+
+
 def response_log_probs(trajectory: Trajectory, scores: TokenScores) -> NDArray[np.float32]:
-    """[positions] -> [response tokens]: the last prompt token predicts the first of the response."""
-    return scores.log_probs[len(trajectory.prompt.token_ids) - 1 :].numpy()
+    """[positions] -> [response tokens]: the last prompt token predicts the first of the response. 0 on what was not
+    sampled."""
+    own = scores.log_probs[len(trajectory.prompt.token_ids) - 1 :].numpy()
+    return np.where(trajectory.sampled, own, np.float32(0))
 
 
 def assign_advantages(groups: list[Group], config: AdvantageConfig) -> None:
@@ -93,17 +99,15 @@ def training_sequences(trajectories: list[Trajectory], old_policy: OldPolicy) ->
 
 def _sequence(trajectory: Trajectory, old_policy: OldPolicy, key: int) -> TrainingSequence:
     prompt, response = trajectory.prompt.token_ids, trajectory.response_ids
-    positions = len(prompt) + len(response) - 1
-    predicts_response = np.arange(positions) >= len(prompt) - 1
 
-    def placed(values: NDArray[np.float32]) -> NDArray[np.float32]:
+    def placed(values: NDArray) -> NDArray:
         """[response tokens] -> [positions], 0 on those of the prompt."""
-        return np.concatenate([np.zeros(len(prompt) - 1, dtype=np.float32), values])
+        return np.concatenate([np.zeros(len(prompt) - 1, dtype=values.dtype), values])
 
     engine, reference = trajectory.engine_log_weights, trajectory.reference_log_probs
     return TrainingSequence(
         token_ids=np.concatenate([prompt, response]).astype(np.int32),
-        label_mask=predicts_response & trajectory.trained,
+        label_mask=placed(trajectory.sampled) & trajectory.trained,
         old_log_probs=placed(trajectory.log_probs_of(old_policy)),
         advantage=trajectory.advantage,
         key=key,

@@ -195,9 +195,9 @@ class PolicyRank:
             self._sender = SharedMemorySender(self._buckets, device)
         return []
 
-    def connect_groups(self, world_sizes: list[int], backend: str, timeout_seconds: float) -> None:
-        """Rank 0 only: wait for the engines of each of the sender's groups."""
-        self._sender.connect(world_sizes, backend, timeout_seconds)
+    def connect_groups(self, world_sizes: list[int], backend: str, timeout_seconds: float) -> dict[str, str]:
+        """Rank 0 only: wait for the engines of each of the sender's groups; returns the names of those without, and why."""
+        return self._sender.connect(world_sizes, backend, timeout_seconds)
 
     def close_sender(self) -> None:
         """Rank 0 only."""

@@ -25,7 +25,7 @@ from megatron_vespo.objective.advantages import advantage_function
 from megatron_vespo.objective.kernels import custom_function
 from megatron_vespo.orchestration.engine import engine_settings
 from megatron_vespo.policy.layout_fit import require_fit
-from megatron_vespo.rewards.scorers import build_scorers
+from megatron_vespo.rewards.scorers import build_environments, build_scorers
 from megatron_vespo.rollout.server import EngineServer
 from megatron_vespo.rollout.trajectory import Prompt
 
@@ -51,7 +51,9 @@ def prepare_training(config: TrainConfig) -> Prepared:
         *(config.model.path, config.model.dtype, architecture, config.data, config.rollout),
         return_routed_experts=config.routing.engine_records,
     )
-    build_scorers(numbered_sources(config.data, config.evaluation.sources))
+    sources = numbered_sources(config.data, config.evaluation.sources)
+    build_scorers(sources)
+    build_environments(sources)
     held_out = held_out_prompts(config.evaluation, config.data, tokenizer)
     prompts = PromptStream(config.data, tokenizer, seed=config.seed, excluded=question_texts(held_out))
     for source in config.data.sources:  # a source without a usable prompt is better known now

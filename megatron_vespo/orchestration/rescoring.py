@@ -6,7 +6,12 @@ import torch
 from megatron_vespo.config import ObjectiveConfig
 from megatron_vespo.objective.engine_correction import engine_log_weights
 from megatron_vespo.objective.metrics import measured_difference
-from megatron_vespo.orchestration.mini_batches import response_bounds, response_log_probs, training_sequences
+from megatron_vespo.orchestration.mini_batches import (
+    response_bounds,
+    response_log_probs,
+    sampled_tokens,
+    training_sequences,
+)
 from megatron_vespo.orchestration.session import Session
 from megatron_vespo.orchestration.step_routes import step_routes
 from megatron_vespo.policy.batch import TrainingSequence
@@ -58,8 +63,8 @@ def correct_engine(trajectories: list[Trajectory], objective: ObjectiveConfig) -
         for policy in ("proximal", "behavior")
     )
     bounds = response_bounds(trajectories)
-    everything = torch.ones(len(proximal), dtype=torch.bool)
-    weights = engine_log_weights(objective.engine_correction, proximal, behavior, everything, bounds)
+    sampled = sampled_tokens(trajectories)
+    weights = engine_log_weights(objective.engine_correction, proximal, behavior, sampled, bounds)
     for trajectory, own in zip(trajectories, weights.float().split(bounds.diff().tolist()), strict=True):
         trajectory.engine_log_weights = own.numpy()
 
@@ -68,13 +73,13 @@ def engine_mismatch(trajectories: list[Trajectory]) -> tuple[dict[str, float], f
     """How far proximal log-probs are from the engine's, which sampled under the same weights.
 
     Returns:
-        `metrics.measured_difference` over all response tokens, and the standard deviation over trajectories of the sum
+        `metrics.measured_difference` over all tokens that the engine sampled, and the standard deviation over trajectories of the sum
         over the response of log(proximal / behavior).
     """
     proximal, behavior = (
         torch.from_numpy(np.concatenate([t.log_probs_of(policy) for t in trajectories]))
         for policy in ("proximal", "behavior")
     )
-    sums = measured_difference(proximal, behavior, torch.ones(len(proximal), dtype=torch.bool))
+    sums = measured_difference(proximal, behavior, sampled_tokens(trajectories))
     log_weights = [float((t.log_probs_of("proximal") - t.behavior_log_probs).sum()) for t in trajectories]
     return {name: float(value) for name, value in sums.items()}, float(np.std(log_weights))

@@ -35,6 +35,7 @@ async def collect_rollouts(session: Session, batch: int, weight_version: int) ->
         weight_version=weight_version,
         cache_version=session.weights.cache_version,
         routes=session.routing_shape,
+        environment=sampler.answer,
     )
     sampled, seconds, grading_seconds = await attended(session, sampler.collect(stream, prompts))
     settle_truncated(sampled, config.rollout)
@@ -46,7 +47,7 @@ async def collect_rollouts(session: Session, batch: int, weight_version: int) ->
     assign_advantages(groups, config.algorithm.advantage)
 
     left_out = sum(not group.trained for group in groups)
-    tokens = sum(len(trajectory.response_ids) for group in sampled for trajectory in group.trajectories)
+    tokens = sum(trajectory.sampled_tokens for group in sampled for trajectory in group.trajectories)
     session.tally.generated_tokens += tokens
     session.record(
         "rollout",

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from megatron_vespo.config import RolloutConfig
 from megatron_vespo.data.tokenizer import ChatTokenizer
@@ -15,7 +16,8 @@ from megatron_vespo.observability.console import RunConsole
 from megatron_vespo.orchestration.supervision import Supervisor
 from megatron_vespo.rewards.pool import OUTCOMES, RewardPool
 from megatron_vespo.rollout.fleet import Fleet
-from megatron_vespo.rollout.trajectory import Group, Prompt, fingerprint
+from megatron_vespo.rollout.segments import Response
+from megatron_vespo.rollout.trajectory import Group, Prompt, Trajectory, fingerprint
 
 
 @dataclass
@@ -42,7 +44,7 @@ class Sampler:
         async def receive() -> None:
             tokens = 0
             async for group in stream:
-                tokens += sum(len(trajectory.response_ids) for trajectory in group.trajectories)
+                tokens += sum(trajectory.sampled_tokens for trajectory in group.trajectories)
                 groups[group.prompt.identity] = group
                 grading.append(asyncio.create_task(self.grade(group)))
                 self.console.progress(len(groups), len(prompts), "groups", f"{tokens:,} tokens")
@@ -50,7 +52,7 @@ class Sampler:
         waves = -(-len(prompts) // self.rollout.concurrent_groups)
         timeout = waves * self.rollout.engine.request_timeout_seconds
         try:
-            await self.supervisor.wait("generate responses", receive(), timeout, owner="engine")
+            await self.supervisor.wait("generate responses", receive(), timeout, owner="engines")
             sampled = time.monotonic()
             await self.supervisor.wait("grade responses", asyncio.gather(*grading), timeout, owner="graders")
         finally:
@@ -58,6 +60,13 @@ class Sampler:
                 task.cancel()
         ordered = [groups[prompt.identity] for prompt in prompts]
         return ordered, sampled - started, time.monotonic() - sampled
+
+    async def answer(self, response: Response) -> NDArray[np.int32] | None:
+        """What the environment of its prompt says to a response so far, as token ids (`generation.Environment`)."""
+        if not self.grader.replies_to(response.prompt) or response.turns >= self.rollout.max_turns:
+            return None
+        said = await self.grader.reply(response.prompt, self.tokenizer.decode_response(response.token_ids))
+        return self.tokenizer.observation_ids(said) if said else None
 
     async def grade(self, group: Group) -> None:
         """Decode and grade its responses, in place."""
@@ -69,7 +78,7 @@ class Sampler:
         """Figures of rewards and responses."""
         trajectories = [t for group in groups for t in group.trajectories]
         rewards = np.array([t.reward for t in trajectories])
-        lengths = np.array([len(t.response_ids) for t in trajectories])
+        lengths = np.array([t.sampled_tokens for t in trajectories])
         outcomes = Counter(t.outcome for t in trajectories)
         without_variance = [np.ptp([t.reward for t in group.trajectories]) == 0 for group in groups]
         return {
@@ -83,6 +92,18 @@ class Sampler:
             "response/length_max": int(lengths.max()),
             "response/truncated_share": float(np.mean([t.truncated for t in trajectories])),
             "response/tokens": int(lengths.sum()),
+            **self._turns(trajectories),
             "response/fingerprint": fingerprint(groups),
             "response/ids_beyond_tokenizer": sum(self.tokenizer.ids_beyond(t.response_ids) for t in trajectories),
+        }
+
+    def _turns(self, trajectories: list[Trajectory]) -> dict[str, float]:
+        """Figures of tasks with an environment."""
+        if not any(self.grader.replies_to(t.prompt) for t in trajectories):
+            return {}
+        answers = [np.count_nonzero(np.diff(t.sampled.astype(np.int8)) == 1) for t in trajectories]
+        return {
+            "response/turns_mean": 1 + float(np.mean(answers)),
+            "response/observed_tokens": sum(len(t.response_ids) - t.sampled_tokens for t in trajectories),
+            "response/environment_failures": self.grader.failed_replies,
         }

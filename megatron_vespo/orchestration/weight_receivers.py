@@ -68,6 +68,9 @@ class CollectiveReceivers(Receivers):
     def world_sizes(self) -> list[int]:
         return [1 + sum(client.ranks for client in group) for group in self._groups]
 
+    def of_group(self, name: str) -> list[EngineClient]:
+        return self._groups[list(self.names).index(name)]
+
     async def join(self, client: EngineClient, ports: Sequence[int]) -> None:
         """Let an engine come to its group. `ports`: of the groups, in the order of `names`."""
         number = self._group_of(client)

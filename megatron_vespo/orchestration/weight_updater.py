@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_vespo.config import WeightSyncConfig
-from megatron_vespo.errors import RunError
+from megatron_vespo.orchestration.engine_calls import PARTING_SECONDS, EnginesFailed, Failures, ask_engines
 from megatron_vespo.orchestration.policy_group import PolicyGroup
 from megatron_vespo.orchestration.supervision import RunFailed, Supervisor
 from megatron_vespo.orchestration.weight_receivers import CollectiveReceivers, Receivers, choose_transport, receivers
@@ -18,24 +18,8 @@ from megatron_vespo.rollout.fused_checksums import compare_ranks
 from megatron_vespo.weights.buckets import Bucket
 from megatron_vespo.weights.sender import SendTimes
 
-PARTING_SECONDS = 10.0
-"""What engines get to come out of a sync that was given up."""
 TENSORS_NAMED = 3
 """How many wrong tensors a message names."""
-
-Failures = dict[str, str]
-"""Engine -> what is wrong with it."""
-
-
-class EnginesFailed(RunError):
-    """Engines that cannot be brought the weights. All others can: call `sync` again without these."""
-
-    def __init__(self, engines: Failures) -> None:
-        super().__init__("; ".join(f"{name}: {reason}" for name, reason in engines.items()))
-        self.engines = engines
-
-    def __reduce__(self):
-        return type(self), (self.engines,)
 
 
 @dataclass(frozen=True)
@@ -128,7 +112,10 @@ class WeightUpdater:
         try:
             if failures := await self._each(lambda client: members.join(client, ports), timeout, trainer=trainer):
                 await self._give_up(failures, trainer)
-            await trainer
+            apart: dict[str, str] = await trainer
+            if apart:
+                failed = {client.name: why for name, why in apart.items() for client in members.of_group(name)}
+                await self._give_up(failed, trainer)
         finally:
             trainer.cancel()
 
@@ -318,21 +305,8 @@ class WeightUpdater:
         engines: Sequence[EngineClient] | None = None,
         trainer: asyncio.Future | None = None,
     ) -> Failures:
-        """`call` for all engines side by side; those that raised, or did not return in time.
-
-        After a first failure the others get PARTING_SECONDS at most, and are not blamed. Raises what `trainer` raised,
-        should it fail meanwhile.
-        """
         asked = self._engines if engines is None else engines
-        tasks = {asyncio.ensure_future(call(client)): client.name for client in asked}
-        try:
-            finishing = _finish(tasks, seconds, trainer)
-            return await self._supervisor.wait(
-                "let engines load weights", finishing, seconds + 2 * PARTING_SECONDS, owner="engines"
-            )
-        finally:
-            for task in tasks:
-                task.cancel()
+        return await ask_engines(self._supervisor, asked, call, seconds, trainer)
 
     async def _give_up(self, failures: Failures, trainer: asyncio.Future) -> None:
         """End a sync, or a connection, on both sides, as far as engines answer. Raises EnginesFailed."""
@@ -360,26 +334,3 @@ class WeightUpdater:
                     # It answers, and is in no update or no group: which one, depends on how far it had come.
 
         return await self._each(leave, PARTING_SECONDS, engines=engines)
-
-
-async def _finish(tasks: dict[asyncio.Task, str], seconds: float, trainer: asyncio.Future | None) -> Failures:
-    deadline = time.monotonic() + seconds
-    failures: Failures = {}
-    pending = set(tasks)
-    while pending:
-        others = {trainer} if trainer is not None and not trainer.done() else set()
-        remaining = max(deadline - time.monotonic(), 0.0)
-        done, _ = await asyncio.wait(pending | others, timeout=remaining, return_when=asyncio.FIRST_COMPLETED)
-        if trainer is not None and trainer in done:
-            trainer.result()
-        for task in done & pending:
-            if isinstance(error := task.exception(), EngineError):
-                failures[tasks[task]] = str(error)
-                deadline = min(deadline, time.monotonic() + PARTING_SECONDS)
-            elif error is not None:
-                raise error
-        pending -= done
-        if not done:
-            late = f"did not answer within {seconds:.0f} s"
-            return failures or {tasks[task]: late for task in pending}
-    return failures

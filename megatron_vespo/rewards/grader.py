@@ -33,6 +33,18 @@ class Verdict:
     detail: str = ""
 
 
+@dataclass(frozen=True)
+class Reply:
+    """What an environment said to a turn: `text`, None if it ended the response there.
+
+    `outcome` is as a verdict's: "graded" where it came to an answer.
+    """
+
+    outcome: Outcome
+    text: str | None
+    detail: str = ""
+
+
 class WorkerGone(Exception):
     """The process closed its connection or was found dead."""
 
@@ -97,14 +109,24 @@ class Grader:
         Raises:
             RuntimeError, ConfigError: a new process was needed and could not be started.
         """
+        answer = self._answer("grade", source, text, reference)
+        return answer if isinstance(answer, Verdict) else read_answer(answer)
+
+    def reply(self, source: int, text: str, reference: object) -> Reply:
+        """What the source's environment says to a response so far; as `grade`."""
+        answer = self._answer("reply", source, text, reference)
+        return Reply(answer.outcome, None, answer.detail) if isinstance(answer, Verdict) else read_reply(answer)
+
+    def _answer(self, kind: str, source: int, text: str, reference: object) -> dict | Verdict:
+        """The worker's line of JSON, or how it came to none."""
         try:
-            request = pickle.dumps((source, text, reference))
+            request = pickle.dumps((kind, source, text, reference))
         except Exception:  # pickling runs the reference's own methods
             return Verdict("exception", float("nan"), traceback.format_exc())
         if not self._alive():
             self.start()
         try:
-            answer = self._ask(request, time.monotonic() + self._config.timeout_seconds)
+            return self._ask(request, time.monotonic() + self._config.timeout_seconds)
         except TimeoutError:
             self.kill()
             return Verdict("timeout", float("nan"), f"no answer within {self._config.timeout_seconds} s")
@@ -113,7 +135,6 @@ class Grader:
         except ValueError as error:
             self.kill()
             return Verdict("crash", float("nan"), f"the grading process answered with garbage: {error}")
-        return read_answer(answer)
 
     def kill(self) -> int | None:
         """End the process and everything it started; wait until it is gone. Returns its exit code.
@@ -210,3 +231,13 @@ def read_answer(answer: dict) -> Verdict:
     if reward != reward or reward in (float("inf"), float("-inf")):
         return Verdict("not_finite", reward, f"the scorer returned {reward}")
     return Verdict("graded", reward)
+
+
+def read_reply(answer: dict) -> Reply:
+    """What a worker's line of JSON says."""
+    if "exception" in answer:
+        return Reply("exception", None, str(answer["exception"]))
+    said = answer.get("said", answer)
+    if said is not None and not isinstance(said, str):
+        return Reply("crash", None, f"the grading process answered with garbage: {answer!r:.200}")
+    return Reply("graded", said)

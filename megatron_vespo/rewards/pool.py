@@ -7,12 +7,12 @@ import threading
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
-from typing import get_args
+from typing import Any, Literal, get_args
 
 from megatron_vespo.config import DataConfig, RewardConfig, Source
 from megatron_vespo.data.sources import numbered_sources
-from megatron_vespo.rewards.grader import Grader, Outcome, Verdict
-from megatron_vespo.rollout.trajectory import Trajectory
+from megatron_vespo.rewards.grader import Grader, Outcome, Reply, Verdict
+from megatron_vespo.rollout.trajectory import Prompt, Trajectory
 
 logger = logging.getLogger(__name__)
 OUTCOMES: tuple[str, ...] = get_args(Outcome)
@@ -22,10 +22,12 @@ STARTS = 3
 
 @dataclass(frozen=True)
 class Task:
+    kind: Literal["grade", "reply"]
     source: int
     text: str
     reference: object
-    verdict: Future
+    answer: Future
+    """Of a Verdict or a Reply."""
 
 
 class RewardPool:
@@ -54,6 +56,9 @@ class RewardPool:
         self._threads: list[threading.Thread] = []
         self._closing = threading.Event()
         self._reported: set[str] = set()
+        self._replying = {number for number, source in enumerate(sources.values()) if source.environment is not None}
+        self.failed_replies = 0
+        """Turns that an environment threw at, hung at or died of: the response ended there."""
 
     def __enter__(self) -> "RewardPool":
         self.start()
@@ -95,22 +100,38 @@ class RewardPool:
         Raises:
             RuntimeError: the pool is not running, or no grading process can be started any more.
         """
-        if not self._threads or self._closing.is_set():
-            raise RuntimeError("the reward pool is not running")
-        verdicts = []
-        for trajectory in trajectories:
-            prompt, verdict = trajectory.prompt, Future()
-            self._tasks.put(Task(prompt.source, trajectory.text, prompt.reference, verdict))
-            verdicts.append(verdict)
-        try:
-            results = await asyncio.gather(*(asyncio.wrap_future(verdict) for verdict in verdicts))
-        finally:
-            for verdict in verdicts:
-                verdict.cancel()
+        results = await asyncio.gather(*(self._done("grade", t.prompt, t.text) for t in trajectories))
         for trajectory, verdict in zip(trajectories, results, strict=True):
             trajectory.outcome = verdict.outcome
             trajectory.reward = verdict.reward if verdict.outcome == "graded" else self._config.on_failure
-            self._report(trajectory, verdict)
+            what = f"grading of {trajectory.prompt.identity}, sample {trajectory.sample}"
+            self._report(what, verdict, f"reward {self._config.on_failure}")
+
+    def replies_to(self, prompt: Prompt) -> bool:
+        """Whether its source has an environment."""
+        return prompt.source in self._replying
+
+    async def reply(self, prompt: Prompt, text: str) -> str | None:
+        """What the environment of a prompt's source says to the response so far; None: the response ends there.
+
+        So it does where the environment threw, hung past the deadline or died: counted in `failed_replies`, and the first
+        of each kind is logged. Raises RuntimeError as `grade`.
+        """
+        reply: Reply = await self._done("reply", prompt, text)
+        if reply.outcome != "graded":
+            self.failed_replies += 1
+            self._report(f"a turn of {prompt.identity}", reply, "the response ends there")
+        return reply.text
+
+    async def _done(self, kind: Literal["grade", "reply"], prompt: Prompt, text: str) -> Any:
+        if not self._threads or self._closing.is_set():
+            raise RuntimeError("the reward pool is not running")
+        answer = Future()
+        self._tasks.put(Task(kind, prompt.source, text, prompt.reference, answer))
+        try:
+            return await asyncio.wrap_future(answer)
+        finally:
+            answer.cancel()
 
     def close(self) -> None:
         """End all processes and threads. What is being graded fails with RuntimeError."""
@@ -124,8 +145,8 @@ class RewardPool:
         self._threads.clear()
         while not self._tasks.empty():
             task = self._tasks.get()
-            if task is not None and task.verdict.set_running_or_notify_cancel():
-                task.verdict.set_exception(RuntimeError("the reward pool was closed"))
+            if task is not None and task.answer.set_running_or_notify_cancel():
+                task.answer.set_exception(RuntimeError("the reward pool was closed"))
 
     def _serve(self, grader: Grader, ready: Future) -> None:
         """A thread's life: start the process, grade until closed, end the process."""
@@ -138,7 +159,7 @@ class RewardPool:
             ready.set_result(None)
             while not self._closing.is_set():
                 task = self._tasks.get()
-                if task is not None and task.verdict.set_running_or_notify_cancel():
+                if task is not None and task.answer.set_running_or_notify_cancel():
                     self._run(grader, task)
         finally:
             grader.kill()
@@ -146,22 +167,23 @@ class RewardPool:
     def _run(self, grader: Grader, task: Task) -> None:
         for attempt in range(1, STARTS + 1):
             try:
-                verdict = grader.grade(task.source, task.text, task.reference)
+                work = grader.grade if task.kind == "grade" else grader.reply
+                answer = work(task.source, task.text, task.reference)
                 if self._closing.is_set():  # which ends a grading as if its process had crashed
                     raise RuntimeError("the reward pool was closed")
-                task.verdict.set_result(verdict)
+                task.answer.set_result(answer)
                 return
             except Exception as error:
                 if attempt == STARTS or self._closing.is_set():
-                    task.verdict.set_exception(error)
+                    task.answer.set_exception(error)
                     return
                 logger.warning("attempt %d of %d: %s", attempt, STARTS, error)
 
-    def _report(self, trajectory: Trajectory, verdict: Verdict) -> None:
-        if verdict.outcome == "graded" or verdict.outcome in self._reported:
+    def _report(self, what: str, answer: Verdict | Reply, consequence: str) -> None:
+        kind = f"{type(answer).__name__} {answer.outcome}"
+        if answer.outcome == "graded" or kind in self._reported:
             return
-        self._reported.add(verdict.outcome)
+        self._reported.add(kind)
         logger.warning(
-            "grading of %s, sample %d ended as %r (reward %s; further ones are only counted): %s",
-            *(trajectory.prompt.identity, trajectory.sample, verdict.outcome, self._config.on_failure, verdict.detail),
+            "%s ended as %r (%s; further ones are only counted): %s", what, answer.outcome, consequence, answer.detail
         )

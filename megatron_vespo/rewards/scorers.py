@@ -1,4 +1,4 @@
-"""What grades a response: one scorer for each prompt source.
+"""What grades a response, and what answers its turns: a scorer for each prompt source, and an environment for some.
 
 A scorer is a function of the response's text and the prompt's `reference`; it returns a number. It runs in a worker
 process (rewards.pool), never in the driver.
@@ -12,6 +12,7 @@ from megatron_vespo.config import ConfigError, CustomSource, FileSource, Reasoni
 from megatron_vespo.targets import load_function, load_target
 
 Scorer = Callable[[str, Any], float]
+Environment = Callable[[str, Any], str | None]
 RowScorer = Callable[[str, Any, dict], float]
 """(response, answer, row) -> float: what a dotted path in a configuration names."""
 
@@ -115,3 +116,29 @@ def build_scorers(sources: dict[str, Source]) -> list[Scorer]:
         ConfigError: names the first such source.
     """
     return [build_scorer(source, key) for key, source in sources.items()]
+
+
+def build_environment(source: Source, key: str) -> Environment | None:
+    """What answers the turns of responses to prompts of `source`; None: they have one turn.
+
+    Raises:
+        ConfigError: there is no such function.
+    """
+    if source.environment is None:
+        return None
+    reply = load_function(source.environment, f"{key}.environment")
+
+    def answer(text: str, reference: Any) -> str | None:
+        row = reference if isinstance(reference, dict) else {}
+        key_of_answer = source.answer_key if isinstance(source, FileSource) else "answer"
+        said = reply(text, row.get(key_of_answer) if row else reference, row)
+        if said is not None and not isinstance(said, str):
+            raise TypeError(f"{source.environment} returned {said!r:.100}, neither text nor None")
+        return said
+
+    return answer
+
+
+def build_environments(sources: dict[str, Source]) -> list[Environment | None]:
+    """As `build_scorers`."""
+    return [build_environment(source, key) for key, source in sources.items()]

@@ -1,4 +1,4 @@
-"""The process that grades: `python -m megatron_vespo.rewards.worker SOCKET_FD MEMORY_MB PARENT_PID [PARTS NAME]`.
+"""The process that grades, and answers turns: `python -m megatron_vespo.rewards.worker SOCKET_FD MEMORY_MB PARENT_PID [PARTS NAME]`.
 
 It takes pickled requests from the driver, which it trusts, and answers in lines of JSON: the driver unpickles nothing
 that comes from here, where a model's output, and one day its code, is handled. What graders print goes to stderr.
@@ -17,7 +17,7 @@ from pathlib import Path
 
 from megatron_vespo.config import ConfigError
 from megatron_vespo.presence import announce
-from megatron_vespo.rewards.scorers import Scorer, build_scorers
+from megatron_vespo.rewards.scorers import Environment, Scorer, build_environments, build_scorers
 
 PR_SET_PDEATHSIG = 1
 MAX_MESSAGE = 4_000
@@ -34,10 +34,13 @@ def limit(memory_mb: int, parent: int) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (size, size))
 
 
-def grade(scorers: list[Scorer], request: bytes) -> dict:
+def respond(scorers: list[Scorer], environments: list[Environment | None], request: bytes) -> dict:
     try:
-        number, text, reference = pickle.loads(request)
-        return {"reward": float(scorers[number](text, reference))}
+        kind, number, text, reference = pickle.loads(request)
+        if kind == "grade":
+            return {"reward": float(scorers[number](text, reference))}
+        environment = environments[number]
+        return {"said": None if environment is None else environment(text, reference)}
     except Exception:
         return {"exception": traceback.format_exc()[-MAX_MESSAGE:]}
 
@@ -59,7 +62,7 @@ def main() -> None:
 
     sys.path[:], sources = pickle.loads(receive())
     try:
-        scorers = build_scorers(sources)
+        scorers, environments = build_scorers(sources), build_environments(sources)
     except ConfigError as error:
         answer({"config_error": str(error)})
         return
@@ -68,7 +71,7 @@ def main() -> None:
         return
     answer({"ready": True})
     while request := receive():
-        answer(grade(scorers, request))
+        answer(respond(scorers, environments, request))
 
 
 if __name__ == "__main__":

@@ -9,10 +9,10 @@ from megatron_vespo.config import ConfigError, RolloutConfig, SamplingConfig
 from megatron_vespo.rollout.engine_http import EngineError
 from megatron_vespo.rollout.engine_output import EngineOutput
 from megatron_vespo.rollout.fleet import Fleet, Place
-from megatron_vespo.rollout.generation import Generation, ending_of, request_id, sampling_params
+from megatron_vespo.rollout.generation import Environment, Generation, ending_of, request_id, sampling_params
 from megatron_vespo.rollout.response_checks import Nonsense, ResponseError, check, check_versions
 from megatron_vespo.rollout.segments import Response
-from megatron_vespo.rollout.trajectory import Group, Prompt, Trajectory
+from megatron_vespo.rollout.trajectory import FinishReason, Group, Prompt, Trajectory
 from megatron_vespo.routing.routes import RoutingShape
 
 MAX_FRUITLESS_REQUESTS = 100
@@ -31,6 +31,7 @@ def generate_groups(
     weight_version: int | None,
     cache_version: int | None = None,
     routes: RoutingShape | None = None,
+    environment: Environment | None = None,
 ) -> AsyncIterator[Group]:
     """The groups of rollout batch `batch_index`, in the order of their completion; `text` is left to the caller.
 
@@ -56,6 +57,7 @@ def generate_groups(
         cache_version=cache_version,
         routes=routes,
         response_length=rollout.response_length,
+        environment=environment,
     )
     return generate(fleet, prompts, generation)
 
@@ -73,6 +75,7 @@ def generate_responses(
     vocab_size: int,
     run_seed: int,
     weight_version: int,
+    environment: Environment | None = None,
 ) -> AsyncIterator[Group]:
     """For evaluation: any sampling parameters; the same seeds, and so the same noise, in every evaluation of a run. No
     routes are recorded, and no lengths are drawn.
@@ -96,6 +99,7 @@ def generate_responses(
         run_seed=run_seed,
         stream="evaluation",
         weight_version=weight_version,
+        environment=environment,
     )
     return generate(fleet, prompts, generation)
 
@@ -138,7 +142,8 @@ async def generate_group(fleet: Fleet, prompt: Prompt, generation: Generation) -
 
 
 async def complete(place: Place, generation: Generation, response: Response, output: EngineOutput) -> Trajectory:
-    """The whole of a response of which `output` is the first part: as often as it is aborted, a new request goes on.
+    """The whole of a response of which `output` is the first part: as often as it is aborted, or an environment answers,
+    a new request goes on.
 
     The engine's gate holds that request for as long as it is closed.
     """
@@ -146,13 +151,26 @@ async def complete(place: Place, generation: Generation, response: Response, out
     while True:
         await response.add(output, generation.routes, generation.cache_version)
         finish = response.finish_reason(ending)
-        if finish is not None:
+        if finish is not None and (finish := await after_turn(generation, response, finish)) is not None:
             return response.trajectory(finish)
         if response.fruitless >= MAX_FRUITLESS_REQUESTS:
             raise ResponseError(
                 f"{response.name}: aborted {response.fruitless} times before its next token: {output.finish_detail}"
             )
         (output,) = await request(place, generation, [response])
+
+
+async def after_turn(generation: Generation, response: Response, finish: FinishReason) -> FinishReason | None:
+    """How the response ended with a turn that ended so; None: an environment has answered it, and it goes on."""
+    if generation.environment is None or finish != "stop":
+        return finish
+    said = await generation.environment(response)
+    if said is None:
+        return finish
+    if response.num_tokens + len(said) >= generation.max_response_tokens:
+        return "length"
+    response.observe(said)
+    return None
 
 
 async def request(place: Place, generation: Generation, responses: list[Response]) -> list[EngineOutput]:

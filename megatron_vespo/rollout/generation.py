@@ -1,13 +1,19 @@
 """What requests ask of an engine: settings of a batch, and from them the parameters of each sample."""
 
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from megatron_vespo.config import ResponseLengthConfig, SamplingConfig
 from megatron_vespo.rollout.response_lengths import Ending, drawn_length
 from megatron_vespo.rollout.seeds import sample_seed
 from megatron_vespo.rollout.segments import Response
 from megatron_vespo.routing.routes import RoutingShape
+
+Environment = Callable[[Response], Awaitable[NDArray[np.int32] | None]]
 
 
 @dataclass(frozen=True)
@@ -26,6 +32,8 @@ class Generation:
             the cache is emptied at each change of weights.
         routes: what the engine's routes look like; None: they are not asked for.
         response_length: each response gets a length that is drawn from this; None: the model ends it.
+        environment: what it says after a turn, as token ids; None: the response ends there. Without one all responses
+            have one turn.
     """
 
     samples: int
@@ -41,6 +49,7 @@ class Generation:
     cache_version: int | None = None
     routes: RoutingShape | None = None
     response_length: ResponseLengthConfig | None = None
+    environment: Environment | None = None
 
 
 def ending_of(generation: Generation, response: Response) -> Ending:

@@ -4,12 +4,16 @@ A request that is aborted for a weight update keeps what it sampled, and the res
 input is the prompt and all tokens so far. The routes of position i decide token i + 1 and belong to the request that
 sampled token i + 1. So the last token of an aborted part has its routes from the part that goes on, and the parts'
 positions together are those of prompt and response but for the last token, each once. The prompt belongs to the first.
+
+Between two turns an environment may say something: its tokens are input of the next request, and belong to the part that
+that request adds. The engine's own tokens stay as they were sampled; nothing is encoded again.
 """
 
 import asyncio
 from dataclasses import dataclass, field, replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from megatron_vespo.rollout.engine_output import EngineOutput, WeightSpan
 from megatron_vespo.rollout.response_lengths import Ending
@@ -29,11 +33,20 @@ class Part:
     """What one request added: at least one token.
 
     Attributes:
+        observed: [tokens] int32, what an environment said before the tokens that were sampled.
         routes: of the positions that belong to this part; None where none are recorded.
     """
 
     output: EngineOutput
     routes: Routes | None
+    observed: NDArray[np.int32]
+
+    @property
+    def token_ids(self) -> NDArray[np.int32]:
+        return np.concatenate([self.observed, self.output.token_ids])
+
+
+NOTHING = np.zeros(0, dtype=np.int32)
 
 
 @dataclass
@@ -47,6 +60,10 @@ class Response:
     """Answered so far, those that were aborted before their first token included."""
     fruitless: int = 0
     """Of those, the last ones that were aborted before their first token."""
+    observed: NDArray[np.int32] = field(default_factory=lambda: NOTHING)
+    """What an environment said since the last part."""
+    turns: int = 1
+    """That the model has taken, or is in."""
 
     @property
     def name(self) -> str:
@@ -55,17 +72,32 @@ class Response:
 
     @property
     def num_tokens(self) -> int:
-        return sum(len(part.output.token_ids) for part in self.parts)
+        """So far, those of an environment included."""
+        return self._tokens_of_parts + len(self.observed)
+
+    @property
+    def _tokens_of_parts(self) -> int:
+        return sum(len(part.observed) + len(part.output.token_ids) for part in self.parts)
+
+    @property
+    def token_ids(self) -> NDArray[np.int32]:
+        """[tokens so far] int32."""
+        return np.concatenate([*(part.token_ids for part in self.parts), self.observed])
 
     @property
     def input_ids(self) -> list[int]:
         """Of the next request."""
-        return [*self.prompt.token_ids.tolist(), *(i for part in self.parts for i in part.output.token_ids.tolist())]
+        return [*self.prompt.token_ids.tolist(), *self.token_ids.tolist()]
 
     @property
     def first_position(self) -> int:
         """Whose routes belong to the next request, and all after it."""
-        return len(self.prompt.token_ids) + self.num_tokens - 1 if self.parts else 0
+        return len(self.prompt.token_ids) + self._tokens_of_parts - 1 if self.parts else 0
+
+    def observe(self, token_ids: NDArray[np.int32]) -> None:
+        """An environment said this after a turn; the next request begins another one."""
+        self.observed = np.concatenate([self.observed, token_ids])
+        self.turns += 1
 
     async def add(self, output: EngineOutput, shape: RoutingShape | None, cache_version: int | None) -> None:
         """Keep what a request sampled. `shape`: of the routes that it was asked for."""
@@ -79,11 +111,12 @@ class Response:
             end = len(self.prompt.token_ids) + self.num_tokens + tokens - 1
             routes = await part_routes(output, shape, self.first_position, end, cache_version)
         # The engine's string is more than five times as large as what was read from it.
-        self.parts.append(Part(replace(output, routed_experts=None), routes))
+        self.parts.append(Part(replace(output, routed_experts=None), routes, self.observed))
+        self.observed = NOTHING
 
     def finish_reason(self, ending: Ending) -> FinishReason | None:
         """How the response ended; None: it was aborted and must go on."""
-        if not self.parts:
+        if not self.parts or len(self.observed):
             return None
         output = self.parts[-1].output
         if output.finish_reason != "abort":
@@ -94,20 +127,24 @@ class Response:
         return ending.at_max if self.num_tokens >= ending.max_tokens else None
 
     def trajectory(self, finish_reason: FinishReason) -> Trajectory:
-        outputs = [part.output for part in self.parts]
-        segments = []
-        for output in outputs:
-            start = segments[-1].end if segments else 0
-            segments += [
-                Segment(start + span.start, start + span.end, int(span.version), output.request_id)
-                for span in output.weight_spans
-            ]
+        segments: list[Segment] = []
+        for part in self.parts:
+            first = segments[-1].end if segments else 0
+            start = first + len(part.observed)
+            for span in part.output.weight_spans:
+                begin = start + span.start if span.start else first
+                segments.append(Segment(begin, start + span.end, int(span.version), part.output.request_id))
         routes = [part.routes for part in self.parts if part.routes is not None]
+        sampled = [np.arange(len(part.token_ids)) >= len(part.observed) for part in self.parts]
+        log_probs = [
+            np.concatenate([np.zeros(len(part.observed), np.float32), part.output.log_probs]) for part in self.parts
+        ]
         return Trajectory(
             prompt=self.prompt,
             sample=self.sample,
-            response_ids=np.concatenate([output.token_ids for output in outputs]),
-            behavior_log_probs=np.concatenate([output.log_probs for output in outputs]),
+            response_ids=np.concatenate([part.token_ids for part in self.parts]),
+            behavior_log_probs=np.concatenate(log_probs),
+            sampled=np.concatenate(sampled),
             segments=segments,
             finish_reason=finish_reason,
             engine_routes=joined(routes) if routes else None,

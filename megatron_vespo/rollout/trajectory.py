@@ -45,14 +45,16 @@ class Trajectory:
     Attributes:
         response_ids: [response tokens] int32, the stop token included.
         behavior_log_probs: [response tokens] float32, log-probs of the engine's sampling distribution
-            (temperature applied), natural logarithm.
+            (temperature applied), natural logarithm; 0 where the engine sampled nothing.
         proximal_log_probs: [response tokens] float32, the trainer's at the start of the rollout batch; None unless the
             algorithm asks for them.
         reference_log_probs: [response tokens] float32, of the frozen model of a KL term; None without one.
         engine_log_weights: [response tokens] float32, log of the correction of the engine's error; None without one.
         engine_routes: the experts that the engine chose at each of the P + R - 1 positions; None if it was not asked.
         proximal_routes: those that the trainer chose at the start of the rollout batch; None unless R2 needs them.
-        segments: cover the response without gap or overlap.
+        sampled: [response tokens] bool, False on what an environment said between two turns. Those tokens are context
+            only: they have no log-prob and no part in any weight, loss or figure. None given: all are sampled.
+        segments: cover the response without gap or overlap. What an environment said belongs to the turn that answers.
         sample: position in the group, 0 .. group_size - 1.
     """
 
@@ -62,6 +64,7 @@ class Trajectory:
     behavior_log_probs: NDArray[np.float32]
     segments: list[Segment]
     finish_reason: FinishReason
+    sampled: NDArray[np.bool_] = field(default=None)  # pyright: ignore[reportAssignmentType]
     text: str = ""
     reward: float = float("nan")
     outcome: str = ""
@@ -74,6 +77,10 @@ class Trajectory:
     engine_log_weights: NDArray[np.float32] | None = None
     engine_routes: Routes | None = None
     proximal_routes: Routes | None = None
+
+    def __post_init__(self) -> None:
+        if self.sampled is None:
+            self.sampled = np.ones(len(self.response_ids), dtype=np.bool_)
 
     def log_probs_of(self, policy: Literal["behavior", "proximal", "reference"]) -> NDArray[np.float32]:
         """[response tokens]. Raises ValueError if that policy has not scored this trajectory."""
@@ -89,6 +96,11 @@ class Trajectory:
     def routes_of(self, replay: Literal["R2", "R3"]) -> Routes | None:
         """What that replay uses: None where nothing was recorded."""
         return self.proximal_routes if replay == "R2" else self.engine_routes
+
+    @property
+    def sampled_tokens(self) -> int:
+        """How many of the response's tokens the engine sampled."""
+        return int(np.count_nonzero(self.sampled))
 
     @property
     def truncated(self) -> bool:

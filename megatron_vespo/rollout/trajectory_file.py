@@ -12,8 +12,15 @@ from safetensors.numpy import load_file, save_file
 from megatron_vespo.rollout.trajectory import Prompt, Segment, Trajectory
 from megatron_vespo.routing.routes import Routes
 
-TOKENS = ("response_ids", "behavior_log_probs", "proximal_log_probs", "reference_log_probs", "engine_log_weights")
-"""Arrays [response tokens]; only the first two are always there."""
+TOKENS = (
+    "response_ids",
+    "behavior_log_probs",
+    "sampled",
+    "proximal_log_probs",
+    "reference_log_probs",
+    "engine_log_weights",
+)
+"""Arrays [response tokens]; only the first three are always there."""
 NUMBERS = ("reward", "advantage")
 ROUTES = ("engine_routes", "proximal_routes")
 """Of each trajectory or of none or of some."""

@@ -35,14 +35,17 @@ class CollectiveSender(Sender):
         """Where each group meets."""
         return [group.port for group in self._groups]
 
-    def connect(self, world_sizes: Sequence[int], backend: str, timeout_seconds: float) -> None:
-        """Wait until all ranks of all groups have come; `abandon` ends that. Raises RuntimeError, with the cause."""
+    def connect(self, world_sizes: Sequence[int], backend: str, timeout_seconds: float) -> dict[str, str]:
+        """Wait until all ranks of all groups have come, or will not; `abandon` ends that.
+
+        Returns:
+            Why, by the name of each group that did not come together.
+        """
         for group, size in zip(self._groups, world_sizes, strict=True):
             group.start(size, backend, timeout_seconds)
         if not self._wait(lambda: all(group.connected or group.failure for group in self._groups)):
-            return
-        if failures := [f"{group.name}: {group.failure}" for group in self._groups if group.failure is not None]:
-            raise RuntimeError("; ".join(failures))
+            return {}
+        return {group.name: str(group.failure) for group in self._groups if group.failure is not None}
 
     def publish(self, index: int, slot: torch.Tensor, weight_version: int, since: int | None) -> None:
         for group in self._groups:

@@ -45,6 +45,15 @@ def test_each_label_is_the_response_token_that_its_log_prob_is_of(prompt, respon
     assert trained == response  # the stop token included
 
 
+def test_what_an_environment_said_is_input_and_never_a_label():
+    conversation = trajectory([7, 8], [20, 1, 50, 51, 21, 1])
+    conversation.sampled = np.array([True, True, False, False, True, True])
+    (sequence,) = training_sequences([conversation], "behavior")
+    assert sequence.token_ids.tolist() == [7, 8, 20, 1, 50, 51, 21, 1]
+    labels = [sequence.token_ids[i + 1] for i in range(7) if sequence.label_mask[i]]
+    assert labels == [20, 1, 21, 1]
+
+
 def groups():
     return [
         Group(t[0].prompt, t)

@@ -5,6 +5,7 @@ import asyncio
 import numpy as np
 import pytest
 
+from megatron_vespo.errors import RunError
 from megatron_vespo.orchestration.journal import StepJournal
 from megatron_vespo.rollout.trajectory import Prompt, Segment, Trajectory
 from megatron_vespo.routing.routes import Routes
@@ -77,7 +78,7 @@ def test_a_batch_that_could_not_be_written_is_said_before_the_next_step(tmp_path
         async with StepJournal(tmp_path / "journal") as journal:
             (tmp_path / "journal" / "0").touch()
             await journal.add(0, batch(0))
-            with pytest.raises(FileExistsError):
+            with pytest.raises(RunError, match=r"journal: the batch of a step could not be written.*Make room"):
                 await journal.add(1, batch(1))
 
     asyncio.run(scenario())

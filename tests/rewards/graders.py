@@ -53,3 +53,14 @@ def misbehave(response, answer, row) -> float:
 
 def torch_is_loaded(response, answer, row) -> float:
     return float("torch" in sys.modules)
+
+
+def reply(response, answer, row) -> str | None:
+    """An environment that misbehaves in the same ways."""
+    kind, _, argument = response.partition(" ")
+    if kind == "say":
+        return argument
+    if kind == "number":
+        return 7  # pyright: ignore[reportReturnType]
+    misbehave(response, answer, row)
+    return None

@@ -9,7 +9,7 @@ import pytest
 from test_every_engine_gets_the_trainers_weights import TRANSPORTS, settings_of
 from tiny_engine import running_engine
 
-from megatron_vespo.orchestration.weight_updater import EnginesFailed
+from megatron_vespo.orchestration.engine_calls import EnginesFailed
 from megatron_vespo.rollout import process_tree
 from megatron_vespo.rollout.client import EngineClient
 
@@ -24,15 +24,16 @@ def victim(tiny_qwen3_moe, tmp_path_factory):
 
 
 class Failing(EngineClient):
-    """Sends a signal to all processes of its engine before it is told to load its second bucket."""
+    """Sends a signal to all processes of its engine before it is told to load its second bucket, or to join a group."""
 
     pid = 0
     signal = signal.SIGSTOP
-    loads = 0
+    at = "/update_weights_from"
+    calls_left = 2
 
     async def _succeed(self, endpoint, body):
-        self.loads += endpoint.startswith("/update_weights_from")
-        if self.loads == 2 and self.pid:
+        self.calls_left -= endpoint.startswith(self.at)
+        if self.calls_left == 0 and self.pid:
             send_signal(self.pid, self.signal)
             self.pid = 0
         return await super()._succeed(endpoint, body)
@@ -79,6 +80,22 @@ def test_an_engine_that_is_stopped(trainer, victim, survivor, other_weights, tmp
     assert trainer.differences(back, other_weights) == []
     trainer.run(updater.disconnect())
     assert not list(Path(tmp_path).glob("weights/*/*"))
+
+
+def test_an_engine_that_is_stopped_while_it_joins_a_group(trainer, victim, survivor, other_weights):
+    trainer.load(other_weights)
+    updater = trainer.updater(transport="collective", timeout_seconds=8.0)
+    failing = trainer.client(victim.server, "victim", kind=Failing)
+    failing.pid, failing.at, failing.calls_left = victim.server.pid, "/init_weights_update_group", 1
+    try:
+        with pytest.raises(EnginesFailed) as failure:
+            trainer.run(updater.sync(1, [failing, survivor]))
+        assert list(failure.value.engines) == ["victim"]
+        assert trainer.run(updater.sync(1, [survivor])).verified
+        assert trainer.differences(survivor, other_weights) == []
+    finally:
+        send_signal(victim.server.pid, signal.SIGCONT)
+    trainer.run(updater.disconnect())
 
 
 def test_an_engine_that_is_killed(trainer, victim, survivor, other_weights):

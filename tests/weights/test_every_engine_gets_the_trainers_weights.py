@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_engine import running_engine
 
+from megatron_vespo.orchestration.engine_calls import EnginesFailed
 from megatron_vespo.orchestration.supervision import RunFailed
-from megatron_vespo.orchestration.weight_updater import EnginesFailed
 from megatron_vespo.rollout.client import EngineClient
 
 pytestmark = pytest.mark.engine
