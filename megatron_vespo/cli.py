@@ -163,13 +163,26 @@ def report(
 @app.command()
 def plan(
     config: ConfigFile,
-    gpus: Annotated[int, typer.Option(min=2, help="GPUs of the whole run.")],
     overrides: Overrides = None,
+    nodes: Annotated[int | None, typer.Option(min=1, help="Nodes of the whole run.")] = None,
+    gpus_per_node: Annotated[int, typer.Option(min=1, help="GPUs of each.")] = 8,
+    gpus: Annotated[
+        int | None, typer.Option(min=1, help="GPUs of the whole run, instead of --nodes. Else what the settings use.")
+    ] = None,
+    gpu: Annotated[str, typer.Option(help="h100, h200 or a100.")] = "h100",
+    gpu_memory: Annotated[str | None, typer.Option(help="Of a GPU, as 80GB; else the model's.")] = None,
+    host_memory: Annotated[str, typer.Option(help="Of a node.")] = "1000GB",
+    explain: Annotated[bool, typer.Option("--explain", help="Print every formula with its numbers.")] = False,
+    splits: Annotated[
+        bool, typer.Option("--splits", help="Also simulate every split of the GPUs into sampling and training.")
+    ] = False,
     max_staleness: Annotated[
-        list[int] | None, typer.Option(help="Bound to look at instead of the configuration's; repeatable.")
+        list[int] | None,
+        typer.Option(help="With --splits (implied): bound instead of the configuration's; repeatable."),
     ] = None,
     rates: Annotated[
-        Path | None, typer.Option(help="YAML with your own speeds; else those published of Qwen3-30B-A3B on H100.")
+        Path | None,
+        typer.Option(help="With --splits (implied): YAML with speeds; else published ones of Qwen3-30B-A3B on H100."),
     ] = None,
     prompt_tokens: Annotated[int | None, typer.Option(min=1, help="Of a prompt.")] = None,
     median_response: Annotated[float | None, typer.Option(min=1, help="Median response length, in tokens.")] = None,
@@ -178,21 +191,31 @@ def plan(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """How many of the GPUs should sample and how many should train: simulates the run with every split."""
+    """Memory and time of a run before any GPU is used. Exit code 1 where it does not fit."""
     from megatron_vespo.config import TrainConfig, load_config
-    from megatron_vespo.config.planning import RatesConfig
-    from megatron_vespo.planning.published import QWEN3_30B_A3B_ON_H100
-    from megatron_vespo.planning.split import bounds_of, lengths_of, plan_split
-    from megatron_vespo.planning.split_table import print_split, split_json
+    from megatron_vespo.planning.command import PlanOptions, run_plan
 
-    settings = load_config(TrainConfig, config, overrides)
-    speeds = QWEN3_30B_A3B_ON_H100 if rates is None else load_config(RatesConfig, rates)
-    lengths = lengths_of(settings, prompt_tokens, median_response, sigma)
-    rows = plan_split(settings, gpus, speeds, lengths, bounds_of(settings, max_staleness or []))
-    if as_json:
-        print(split_json(speeds, lengths, rows))
-    else:
-        print_split(speeds, lengths, rows)
+    fits = run_plan(
+        load_config(TrainConfig, config, overrides),
+        PlanOptions(
+            nodes=nodes,
+            gpus_per_node=gpus_per_node,
+            gpus=gpus,
+            gpu=gpu,
+            gpu_memory=gpu_memory,
+            host_memory=host_memory,
+            splits=splits or bool(max_staleness) or rates is not None,
+            max_staleness=max_staleness or [],
+            rates=rates,
+            prompt_tokens=prompt_tokens,
+            median_response=median_response,
+            sigma=sigma,
+        ),
+        explain=explain,
+        as_json=as_json,
+    )
+    if not fits:
+        raise typer.Exit(1)
 
 
 @app.command()

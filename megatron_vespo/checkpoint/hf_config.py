@@ -102,8 +102,11 @@ def read_architecture(folder: str | Path) -> Architecture:
     Raises:
         ConfigError: every mistake at once, each naming the file and the field.
     """
-    path = Path(folder) / CONFIG_FILE
-    values = read_config_json(folder)
+    return parse_architecture(read_config_json(folder), Path(folder) / CONFIG_FILE)
+
+
+def parse_architecture(values: dict[str, Any], path: Path) -> Architecture:
+    """As `read_architecture`, of what the file at `path` holds."""
     name = _supported_name(values, path)
     family = FAMILIES[name]
     mistakes = [*_uncomputable(values), *_size_mistakes(values, family), *_layer_kind_mistakes(values, family)]

@@ -1,6 +1,5 @@
 """The splits of a plan, for people and for programs."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
 
@@ -13,14 +12,14 @@ from megatron_vespo.planning.split import Lengths, Row, recommended
 TABLE_WIDTH = 120
 
 
-def split_json(rates: RatesConfig, lengths: Lengths, rows: Sequence[Row]) -> str:
-    figures = {
+def split_figures(rates: RatesConfig, lengths: Lengths, rows: Sequence[Row]) -> dict:
+    """For JSON."""
+    return {
         "rates": rates.model_dump(mode="json"),
         "lengths": asdict(lengths),
         "recommended": recommended(rows).figures(),
         "splits": [row.figures() for row in rows],
     }
-    return json.dumps(figures, indent=1)
 
 
 def print_split(rates: RatesConfig, lengths: Lengths, rows: Sequence[Row]) -> None:

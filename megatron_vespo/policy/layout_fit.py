@@ -9,7 +9,7 @@ import math
 from megatron_vespo.checkpoint.hf_config import Architecture
 from megatron_vespo.config import ConfigError, PolicyConfig
 from megatron_vespo.policy.compute_cost import attention_cost
-from megatron_vespo.policy.packing import PackingRules
+from megatron_vespo.policy.packing_rules import PackingRules
 
 
 def require_fit(architecture: Architecture, policy: PolicyConfig) -> None:
