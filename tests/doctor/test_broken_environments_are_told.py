@@ -34,6 +34,7 @@ def examined(*arguments: str, path: str = "", module: str = "megatron_vespo.doct
     return answer.returncode, {finding["check"]: finding for finding in told["findings"]}
 
 
+@pytest.mark.slow
 def test_this_host_can_run_the_quickstart():
     code, findings = examined("examples/quickstart.yaml", module="megatron_vespo")
     in_order = {"python", "versions", "import torch", "import megatron", "import sglang", "routing flag", "import ray"}

@@ -201,3 +201,8 @@ def weights(step: int) -> dict:
 
 def sample(prompt: str, response: str, reward: float) -> dict:
     return {"prompt": prompt, "response": response, "reward": reward, "length": 12, "truncated": False}
+
+
+def turns_row() -> dict:
+    """What a rollout has in addition where an environment answers."""
+    return {"response/turns_mean": 1.5, "response/observed_tokens": 40, "response/environment_failures": 0}

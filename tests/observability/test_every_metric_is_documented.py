@@ -15,6 +15,7 @@ from small_run import (
     routes_of_step,
     step_row,
     sync_row,
+    turns_row,
 )
 
 from megatron_vespo.routing.agreement import Agreement
@@ -35,7 +36,7 @@ def documented() -> dict[str, set[str]]:
 
 def test_every_metric_of_a_row_is_documented_and_nothing_else():
     assert documented() == {
-        "rollout": set(rollout_row(0)) | set(routes_of_rollout(0)) | set(asynchronous_row()),
+        "rollout": set(rollout_row(0)) | set(routes_of_rollout(0)) | set(asynchronous_row()) | set(turns_row()),
         "mismatch": set(mismatch_row()),
         "step": set(step_row(0, 0)) | set(step_row(0, 1)) | set(routes_of_step(0)),
         "sync": set(sync_row(0)),

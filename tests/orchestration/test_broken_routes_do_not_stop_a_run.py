@@ -21,6 +21,8 @@ from megatron_vespo.orchestration.steps import sync_weights, train_step
 from megatron_vespo.orchestration.training_run import Resume, run_training_loop
 from megatron_vespo.rollout.trajectory_file import read_trajectories
 
+pytestmark = pytest.mark.slow
+
 LAYERS, TOPK, EXPERTS = 2, 2, 8
 SETTINGS = (
     *SHORT,

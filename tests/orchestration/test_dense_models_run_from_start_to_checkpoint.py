@@ -15,6 +15,8 @@ from megatron_vespo.checkpoint.check import check_folder
 from megatron_vespo.config import ConfigError, TrainConfig, load_config
 from megatron_vespo.orchestration.preflight import check_engine
 
+pytestmark = pytest.mark.slow
+
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
 EOS = 1
 SETTINGS = (

@@ -88,6 +88,7 @@ def test_with_several_engines_of_which_one_dies_and_one_hangs_the_run_is_the_sam
     assert all(ours[name].equal(theirs[name]) for name in theirs) and len(ours) == len(theirs)
 
 
+@pytest.mark.slow
 def test_an_asynchronous_run_outlives_the_only_engine(tmp_path, monkeypatch):
     disturbed = Disturbed({("rollout", 12): signal.SIGKILL})
     monkeypatch.setattr(generate, "request", disturbed)

@@ -92,7 +92,10 @@ def run(base, tmp_path):
     shutil.rmtree(run.temporary)
 
 
-@pytest.mark.parametrize(("number", "moment"), [(signal.SIGINT, "generating"), (signal.SIGTERM, "starting engine")])
+@pytest.mark.parametrize(
+    ("number", "moment"),
+    [pytest.param(signal.SIGINT, "generating", marks=pytest.mark.slow), (signal.SIGTERM, "starting engine")],
+)
 def test_a_signal_ends_everything(run, number, moment):
     run.read_until(moment)
     time.sleep(2)
@@ -105,7 +108,10 @@ def test_a_signal_ends_everything(run, number, moment):
 
 @pytest.mark.parametrize(
     ("victim", "cause"),
-    [("PolicyRank", "error: policy rank"), ("megatron_vespo.rollout.serve", "error: engine 0: ")],
+    [
+        pytest.param("PolicyRank", "error: policy rank", marks=pytest.mark.slow),
+        ("megatron_vespo.rollout.serve", "error: engine 0: "),
+    ],
 )
 def test_the_part_that_died_is_named_last(run, victim, cause):
     run.read_until("step 1/")

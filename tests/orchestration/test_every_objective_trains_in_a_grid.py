@@ -11,6 +11,8 @@ import yaml
 from safetensors.torch import load_file
 from test_a_run_from_start_to_report import rows, without_times
 
+pytestmark = pytest.mark.slow
+
 OBJECTIVES = sorted(path.stem for path in Path("examples/objectives").glob("*.yaml"))
 SHORT = {
     "algorithm.steps": 4,

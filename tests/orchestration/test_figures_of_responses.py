@@ -32,7 +32,8 @@ def groups() -> list[Group]:
 @pytest.fixture
 def sampler() -> Sampler:
     tokenizer = SimpleNamespace(ids_beyond=lambda ids: int((ids >= 300).sum()))
-    return Sampler(None, None, tokenizer, 320, None, None, None)  # type: ignore[arg-type]
+    grader = SimpleNamespace(replies_to=lambda prompt: False)
+    return Sampler(None, grader, tokenizer, 320, None, None, None)  # type: ignore[arg-type]
 
 
 def test_figures_are_those_counted_by_hand(sampler):

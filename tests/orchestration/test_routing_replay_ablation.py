@@ -12,6 +12,8 @@ from test_a_run_from_start_to_report import rows
 
 from megatron_vespo.config import AblationConfig, load_config, plan_runs
 
+pytestmark = pytest.mark.slow
+
 EXAMPLES = Path("examples").resolve()
 MODES = ("off", "R2", "R3")
 SHORT = {
