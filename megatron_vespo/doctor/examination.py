@@ -1,6 +1,7 @@
 """All checks, side by side."""
 
 import os
+import tempfile
 import traceback
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -70,7 +71,7 @@ def host_checks(options: Options, needs: configuration.Needs | None) -> list[tup
         ("disk", partial(host.check_disk, "disk", folder, disk_gb, why)),
         (
             "temporary files",
-            partial(host.check_disk, "temporary files", Path(os.environ.get("TMPDIR", "/tmp")), 2, "Ray"),
+            partial(host.check_disk, "temporary files", Path(tempfile.gettempdir()), 2, "Ray"),
         ),
         ("shared memory", partial(host.check_shared_memory, options.shm_gb)),
         ("open files", partial(host.check_open_files, 2048 if needs is None else needs.sockets)),

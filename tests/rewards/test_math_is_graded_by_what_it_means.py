@@ -74,8 +74,9 @@ def test_other_values_hedging_and_nonsense_are_wrong(score, response, answer):
 
 
 BOMBS = {
-    "regular expression": "final answer is " + "1+((" * 5000,
+    "regular expression": "final answer is " + "1+((" * 40_000,
     "number": r"\boxed{9^{9^{9^{9}}}}",
+    "nesting": r"\boxed{" + r"\frac{1}{" * 300 + "2" + "}" * 300 + "}",
 }
 
 
@@ -85,14 +86,18 @@ def test_an_expression_that_hangs_costs_its_own_reward_and_no_other(trajectory):
         BOMBS["regular expression"],
         r"\boxed{34}",
         BOMBS["number"],
+        BOMBS["nesting"],
         r"\boxed{35}",
     ]
     group = [trajectory(text, {"answer": "34"}, sample=number) for number, text in enumerate(texts)]
     config = RewardConfig(workers=3, timeout_seconds=8, on_failure=-0.5)
     with RewardPool(config, DataConfig(sources=(SOURCE,))) as pool:
         asyncio.run(pool.grade(group))
+    nesting = group.pop(4)
     assert [t.reward for t in group] == [1.0, -0.5, 1.0, -0.5, 0.0]
     assert [t.outcome for t in group if t.reward == -0.5] == ["timeout"] * 2
+    # Deep nesting is given up as unreadable, or takes too long: which one depends on the machine.
+    assert (nesting.outcome, nesting.reward) in (("graded", 0.0), ("timeout", -0.5))
 
 
 @pytest.mark.parametrize(("scorer", "library"), [("math_verify", "math_verify"), ("exact_match", "reasoning_gym")])
