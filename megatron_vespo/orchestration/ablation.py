@@ -7,7 +7,6 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import yaml
 from rich.console import Console
 
 from megatron_vespo.config import PlannedRun
@@ -19,9 +18,9 @@ from megatron_vespo.orchestration.cluster import interface_of
 from megatron_vespo.orchestration.interruption import Interrupted, run_interruptible
 from megatron_vespo.orchestration.parts import Parts
 from megatron_vespo.orchestration.preflight import prepare_training
-from megatron_vespo.orchestration.resume import changed
+from megatron_vespo.orchestration.resume import changed, settings_of
 from megatron_vespo.orchestration.resume import is_finished as finished
-from megatron_vespo.orchestration.run_folder import CONFIG_COPY, create_run_folder
+from megatron_vespo.orchestration.run_folder import create_run_folder
 from megatron_vespo.orchestration.runtime import Runtime
 from megatron_vespo.orchestration.training import loop_of
 from megatron_vespo.orchestration.training_run import recorded, run_once
@@ -29,6 +28,8 @@ from megatron_vespo.orchestration.training_run import recorded, run_once
 PAGE = "comparison.html"
 FIGURES = "comparison.json"
 CONSOLE_LOG = "console.log"
+WHERE = ("run_dir", "cluster", "observability")
+"""Settings that say where a run is and how it is watched: a finished run may differ in them."""
 
 Also = Callable[[list[Variant]], None]
 """Given all runs that have begun, whenever they are compared: writes a comparison of its own."""
@@ -113,9 +114,11 @@ def is_finished(run: PlannedRun) -> bool:
     folder = Path(run.config.run_dir)
     if not finished(folder):
         return False
-    before, now = yaml.safe_load((folder / CONFIG_COPY).read_text()), run.config.model_dump(mode="json")
-    if any(key != "run_dir" for key, _, _ in changed(before, now)):
-        raise ConfigError(f"{folder}: holds a finished run with other settings. Choose another --out, or remove it")
+    differ = changed(settings_of(folder), run.config.model_dump(mode="json"))
+    if found := [f"{key}: {was} -> {now}" for key, was, now in differ if key.partition(".")[0] not in WHERE]:
+        raise ConfigError(
+            f"{folder}: holds a finished run with other settings ({'; '.join(found)}). Choose another --out, or remove it"
+        )
     return True
 
 

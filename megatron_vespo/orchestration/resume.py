@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import ValidationError
 
 from megatron_vespo.config import ConfigError, TrainConfig
 from megatron_vespo.observability.console import RunConsole
@@ -78,7 +79,7 @@ def continue_run_folder(config: TrainConfig, checkpoint: Path, allow_changes: bo
     if not (folder / MARKER).exists():
         raise ConfigError(f"run_dir {folder}: not a run of ours")
     now = config.model_dump(mode="json")
-    changes = list(changed(yaml.safe_load((folder / CONFIG_COPY).read_text()), now))
+    changes = list(changed(settings_of(folder), now))
     refused = [
         change for change in changes if not is_free(change[0], constant_rate=config.optimizer.schedule == "constant")
     ]
@@ -109,6 +110,16 @@ def is_finished(folder: Path) -> bool:
     """Whether a run in `folder` came to its end."""
     summary = folder / "summary.json"
     return summary.exists() and json.loads(summary.read_text())["status"] == "finished"
+
+
+def settings_of(folder: Path) -> dict[str, Any]:
+    """Of the run in `folder`. Those that are younger than the run have their defaults, which are what it did."""
+    written = yaml.safe_load((folder / CONFIG_COPY).read_text())
+    try:
+        return TrainConfig.model_validate(written).model_dump(mode="json")
+    except ValidationError:
+        # A setting is gone since, or means something else: it will be named as one that differs.
+        return written
 
 
 def is_free(key: str, constant_rate: bool = True) -> bool:
