@@ -85,3 +85,20 @@ def is_command(line: str) -> bool:
     """Settings of the environment may stand before it, and a folder before the program's name."""
     words = [word for word in line.split() if not re.fullmatch(r"[A-Z_]+=\S*", word)]
     return len(words) > 1 and Path(words[0]).name in PROGRAMS
+
+
+def files(page: Path) -> dict[str, str]:
+    """Blocks that are files, by name: the sentence before such a block names it and ends with a colon."""
+    lines, found = page.read_text(encoding="utf-8").splitlines(), {}
+    for start, block in blocks(page):
+        before = [line for line in lines[: start - 1] if line.strip() and not line.startswith("```")]
+        names = re.findall(r"`([\w./-]+\.(?:py|csv|yaml))`", before[-1] if before else "")
+        if names and before[-1].endswith(":"):
+            found[names[0]] = "\n".join(block) + "\n"
+    return found
+
+
+def write_files(page: Path, folder: Path) -> None:
+    for name, text in files(page).items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text, encoding="utf-8")
