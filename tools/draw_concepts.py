@@ -94,7 +94,14 @@ def draw_segments(path: Path) -> None:
         axes.plot([prompt + segment.start + 0.1, prompt + segment.end - 0.1], [1.2, 1.2], color="black", linewidth=1)
     observed = np.flatnonzero(~sampled)
     axes.text(prompt / 2, -0.25, "prompt", ha="center", va="top", fontsize=9)
-    axes.text(prompt + observed.mean() + 0.5, -0.25, "an environment's:\nno label, no log-prob", ha="center", va="top", fontsize=9)
+    axes.text(
+        prompt + observed.mean() + 0.5,
+        -0.25,
+        "an environment's:\nno label, no log-prob",
+        ha="center",
+        va="top",
+        fontsize=9,
+    )
     cut = prompt + trajectory.segments[0].end
     axes.annotate("new weights", (cut, 0), (cut, -0.95), ha="center", fontsize=9, arrowprops={"arrowstyle": "->"})
     axes.set(xlim=(-0.2, prompt + len(sampled) + 0.2), ylim=(-1.3, 1.8))
@@ -139,7 +146,9 @@ def draw_replay(path: Path) -> None:
         axes.tick_params(length=0)
         for side in ("top", "right", "bottom"):
             axes.spines[side].set_visible(False)
-    rows[-1].set_xticks(np.arange(len(tokens)) + 0.5, [token.strip() or " " for token in tokens], rotation=60, fontsize=8)
+    rows[-1].set_xticks(
+        np.arange(len(tokens)) + 0.5, [token.strip() or " " for token in tokens], rotation=60, fontsize=8
+    )
     save(figure, path)
 
 

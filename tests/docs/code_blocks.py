@@ -84,7 +84,7 @@ def _of_block(page: Path, start: int, lines: list[str]) -> Iterator[Command]:
 def is_command(line: str) -> bool:
     """Settings of the environment may stand before it, and a folder before the program's name."""
     words = [word for word in line.split() if not re.fullmatch(r"[A-Z_]+=\S*", word)]
-    return len(words) > 1 and Path(words[0]).name in PROGRAMS
+    return len(words) > 1 and not words[0].endswith("/") and Path(words[0]).name in PROGRAMS
 
 
 def files(page: Path) -> dict[str, str]:

@@ -24,13 +24,14 @@ from code_blocks import PAGES, REPOSITORY, Command, commands, files
 from typer.main import get_command
 
 from megatron_vespo.cli import app
-from megatron_vespo.config import AblationConfig, EvaluateConfig, SFTConfig, TrainConfig, load_config
+from megatron_vespo.config import AblationConfig, ConfigError, EvaluateConfig, SFTConfig, TrainConfig, load_config
 
 FILE = Path(__file__).with_name("commands.yaml")
 TABLE: dict[str, list[str]] = yaml.safe_load(FILE.read_text())
 """Who runs them -> commands. Who: tests, joined by " + "; or one of these."""
-NOT_RUN = {"GPUs": r"\bGPUs?\b", "Slurm": r"\bSlurm\b", "network": r"\b(network|hub)\b", "installation": ""}
-"""Commands that no test runs, and what must stand beside each on its page."""
+NOT_RUN = {"GPUs": r"\bGPUs?\b", "network": r"\b(network|hub)\b|^hf ", "installation": ""}
+"""Commands that no test runs, and what must stand in or beside each on its page."""
+INSTALLATION = r"(python3\.11|\.venv/bin/python -m pip|source|mkdir|cd|sudo make) .*|make test"
 
 COMMANDS = commands()
 IDS = [command.where for command in COMMANDS]
@@ -44,6 +45,15 @@ TEMPLATES = {
     "prepare_data": ["python", "tools/prepare_math_data.py"],
 }
 """What slurm/NAME.sbatch does with its arguments."""
+
+
+INLINE = [
+    (page, text)
+    for page in PAGES
+    for text in re.findall(r"`((?:megatron-vespo|python tools/|python benchmarks/)[^`\n]+)`", page.read_text())
+    if not re.search(r"\.\.\.|&&", text)
+]
+"""(page, command) within sentences. Those of scripts are listed too; `megatron-vespo ...` there mostly names a command."""
 
 
 class Understood(Exception):
@@ -115,8 +125,8 @@ def understand(words: list[str], command: Command, monkeypatch) -> None:
         understand(rest[rest.index("megatron-vespo") :], command, monkeypatch)
     elif program in ("python", "torchrun"):
         understand_script(rest, command, monkeypatch)
-    else:
-        assert text_is_listed(command.text) in ("installation", "network", "Slurm") or program in ("srun", "sinfo")
+    else:  # a program of others
+        assert program == "srun" or text_is_listed(command.text) in ("installation", "network"), program
 
 
 def understand_script(words: list[str], command: Command, monkeypatch) -> None:
@@ -152,13 +162,30 @@ def test_its_program_understands_it(command, monkeypatch):
     understand(words_of(command.text), command, monkeypatch)
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "megatron-vespo plan CONFIG.yaml --nodez 8",
+        "megatron-vespo train CONFIG.yaml algorithm.stepz=1",
+        "megatron-vespo train examples/nowhere.yaml",
+        "python tools/check_parallelism.py --layout tp=2",
+        "python tools/convert_hf_to_megatron.py --hff HF --out OUT",
+        "sbatch slurm/nowhere.sbatch CONFIG.yaml",
+        "make quikstart",
+    ],
+)
+def test_a_mistake_in_a_command_is_found(text, monkeypatch):
+    with pytest.raises((click.UsageError, ConfigError, AssertionError)):
+        understand(words_of(text), Command(PAGES[0], 0, text, ""), monkeypatch)
+
+
 def text_is_listed(text: str) -> str | None:
     return next((runner for runner, texts in TABLE.items() if text in texts), None)
 
 
 def test_every_command_is_listed_once_and_nothing_else_is():
     listed = [text for texts in TABLE.values() for text in texts]
-    written = {command.text for command in COMMANDS}
+    written = {command.text for command in COMMANDS} | {text for _, text in INLINE if text.startswith("python ")}
     assert sorted(written - set(listed)) == [], f"say in {FILE.name} which test runs it"
     assert sorted(set(listed) - written) == [], "no page has it"
     assert len(listed) == len(set(listed))
@@ -167,8 +194,10 @@ def test_every_command_is_listed_once_and_nothing_else_is():
 @pytest.mark.parametrize("command", COMMANDS, ids=IDS)
 def test_what_no_test_runs_says_why_on_its_page(command):
     runner = text_is_listed(command.text)
-    if runner in NOT_RUN:
-        assert re.search(NOT_RUN[runner], command.comment), f"{command.text}   # {runner}?"
+    if runner == "installation":
+        assert re.fullmatch(INSTALLATION, command.text)
+    elif runner in NOT_RUN:
+        assert re.search(NOT_RUN[runner], f"{command.text} # {command.comment}"), f"{command.text}   # {runner}?"
 
 
 @cache
@@ -190,12 +219,20 @@ def evidence(command: Command) -> list[str]:
     if words[0] == "make":
         recipe = subprocess.run(["make", "--dry-run", words[1]], cwd=REPOSITORY, capture_output=True, text=True).stdout
         words = words_of(next(line for line in recipe.splitlines() if "megatron-vespo" in line or "mkdocs" in line))
+    if words[0] == "torchrun":
+        words = words[next(number for number, word in enumerate(words) if word.endswith(".py")) :]
     options = [word.split("=")[0] for word in words if word.startswith("--")]
     settings = [word.split("=")[0] for word in words if re.fullmatch(r"[a-z_]+\.[a-z_.]+=.*", word)]
     shipped = [word for word in words[1:] if (REPOSITORY / word).is_file() and word.startswith(("examples/", "slurm/"))]
     scripts = [Path(word).name for word in words if word.endswith(".py")]
     names = scripts or ([f'"{words[1]}"'] if words[0] == "megatron-vespo" else [])
     return [*names, *options, *settings, *shipped]
+
+
+def names_of(word: str) -> list[str]:
+    """By which a source may mean it: a file of a folder that it takes whole goes by the folder's name."""
+    path = Path(word)
+    return [word, path.name, *([path.parent.name] if len(path.parts) > 2 else [])]
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=IDS)
@@ -206,22 +243,8 @@ def test_the_test_that_is_named_runs_it(command):
     text = "\n".join(source(test) for test in runner.split(" + "))
     if command.page.stem in text and "code_blocks" in text:  # it takes its commands from the page
         return
-    missing = [
-        word
-        for word in evidence(command)
-        if word not in text
-        and Path(word).name not in text
-        and (Path(word).parent.parent == Path() or str(Path(word).parent) not in text)
-    ]
+    missing = [word for word in evidence(command) if not any(name in text for name in names_of(word))]
     assert not missing, f"{runner} has no {missing}"
-
-
-INLINE = [
-    (page, text)
-    for page in PAGES
-    for text in re.findall(r"`((?:megatron-vespo|python tools/|python benchmarks/)[^`\n]+)`", page.read_text())
-    if not re.search(r"\.\.\.|&&", text)
-]
 
 
 @pytest.mark.parametrize(("page", "text"), INLINE, ids=[f"{page.stem}: {text}" for page, text in INLINE])

@@ -103,7 +103,9 @@ def test_a_browser_draws_every_chart_without_an_error(finished_run, tmp_path, wi
         hovers: areas.filter((area) => area.dataset.hover !== "[]").length,
         tips: document.querySelectorAll(".tip:not([hidden])").length,
       });</script></body>"""
-    page = write_report(finished_run).read_text(encoding="utf-8").replace("</body>", probe.replace("READABLE", READABLE))
+    page = (
+        write_report(finished_run).read_text(encoding="utf-8").replace("</body>", probe.replace("READABLE", READABLE))
+    )
     seen = seen_in_browser(page, width, tmp_path)
     assert seen["width"] == width and seen["overflow"] <= 0
     assert seen["readable"]["texts"] > 50 and not seen["readable"]["small"] and not seen["readable"]["clashes"]

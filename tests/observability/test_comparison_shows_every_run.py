@@ -326,7 +326,9 @@ def test_a_browser_shows_the_page_without_an_error(variants, tmp_path, width):
       });
     }</script></body>"""
     page = write_comparison(tmp_path / "page.html", "t", variants)
-    seen = seen_in_browser(page.read_text(encoding="utf-8").replace("</body>", probe.replace("READABLE", READABLE)), width, tmp_path)
+    seen = seen_in_browser(
+        page.read_text(encoding="utf-8").replace("</body>", probe.replace("READABLE", READABLE)), width, tmp_path
+    )
     assert seen["width"] == width and seen["overflow"] <= 0
     assert seen["readable"]["texts"] > 50 and not seen["readable"]["small"] and not seen["readable"]["clashes"]
     assert seen["areas"] == seen["drawn"] == 8
