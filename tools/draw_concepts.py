@@ -28,12 +28,12 @@ from megatron_vespo.rollout.trajectory import Prompt, Trajectory
 BASE = Path(__file__).resolve().parent.parent / "examples" / "tiny_base"
 QUESTION = "State the final answer to the following arithmetic problem: 8 - 3 + 6 + 4 ="
 BLUE, ORANGE, GREEN, GREY, RED = "#1f6f8b", "#d1603d", "#4f8a4c", "#b8bec4", "#c0392b"
-STYLE = {"svg.fonttype": "none", "svg.hashsalt": "concepts", "font.size": 10, "font.family": "sans-serif"}
+STYLE = {"svg.fonttype": "none", "svg.hashsalt": "concepts", "font.size": 12, "font.family": "sans-serif"}
 
 
 def draw_kernel(path: Path) -> None:
     weights = np.geomspace(0.05, 20, 300)
-    figure, axes = plt.subplots(figsize=(6.4, 3), layout="constrained")
+    figure, axes = plt.subplots(figsize=(6, 3.2), layout="constrained")
     for kernel, label, style in (
         ("vespo", "vespo, A > 0", {"color": BLUE, "linewidth": 2.2}),
         ("importance", "W itself", {"color": GREY, "linestyle": ":"}),
@@ -82,7 +82,7 @@ def draw_segments(path: Path) -> None:
     trajectory = sampled_response()
     prompt, sampled = len(trajectory.prompt.token_ids), trajectory.sampled
     colours = dict(zip(sorted({s.weight_version for s in trajectory.segments}), (BLUE, ORANGE), strict=True))
-    figure, axes = plt.subplots(figsize=(8.4, 1.9), layout="constrained")
+    figure, axes = plt.subplots(figsize=(6.4, 2.1), layout="constrained")
     for place in range(prompt):
         cell(axes, place, 0, "white", GREY)
     for segment in trajectory.segments:
@@ -90,20 +90,20 @@ def draw_segments(path: Path) -> None:
             colour = colours[segment.weight_version]
             cell(axes, prompt + token, 0, colour if sampled[token] else "white", colour)
         middle = prompt + (segment.start + segment.end) / 2
-        axes.text(middle, 1.35, f"segment, version {segment.weight_version}", ha="center", color="black", fontsize=9)
+        axes.text(middle, 1.35, f"version {segment.weight_version}", ha="center", color="black", fontsize=11)
         axes.plot([prompt + segment.start + 0.1, prompt + segment.end - 0.1], [1.2, 1.2], color="black", linewidth=1)
     observed = np.flatnonzero(~sampled)
-    axes.text(prompt / 2, -0.25, "prompt", ha="center", va="top", fontsize=9)
+    axes.text(prompt / 2, -0.25, "prompt", ha="center", va="top", fontsize=11)
     axes.text(
         prompt + observed.mean() + 0.5,
         -0.25,
         "an environment's:\nno label, no log-prob",
         ha="center",
         va="top",
-        fontsize=9,
+        fontsize=11,
     )
     cut = prompt + trajectory.segments[0].end
-    axes.annotate("new weights", (cut, 0), (cut, -0.95), ha="center", fontsize=9, arrowprops={"arrowstyle": "->"})
+    axes.annotate("new weights", (cut, 0), (cut, -0.95), ha="center", fontsize=11, arrowprops={"arrowstyle": "->"})
     axes.set(xlim=(-0.2, prompt + len(sampled) + 0.2), ylim=(-1.3, 1.8))
     axes.set_axis_off()
     save(figure, path)
@@ -131,23 +131,23 @@ def chosen_experts(dtype: torch.dtype) -> tuple[NDArray[np.bool_], list[str]]:
 def draw_replay(path: Path) -> None:
     (engine, tokens), (trainer, _) = chosen_experts(torch.bfloat16), chosen_experts(torch.float32)
     differs = (engine != trainer).any(1)
-    figure, rows = plt.subplots(3, 1, figsize=(8.4, 5.2), layout="constrained", sharex=True)
+    figure, rows = plt.subplots(3, 1, figsize=(6.4, 6), layout="constrained", sharex=True)
     titles = (
         "engine (here in bfloat16)",
-        f"trainer (float32), choosing again; tokens that go elsewhere: {differs.sum()} of {len(tokens)}",
-        "trainer with replay: the engine's experts, its own probabilities",
+        f"trainer (float32) by itself; elsewhere: {differs.sum()} of {len(tokens)}",
+        "trainer with replay",
     )
     for axes, chosen, title in zip(rows, (engine, trainer, engine), titles, strict=True):
         for place, expert in np.argwhere(chosen):
             own = chosen is trainer and not engine[place, expert]
             cell(axes, place, expert, RED if own else BLUE, RED if own else BLUE)
         axes.set(xlim=(0, len(tokens)), ylim=(engine.shape[1], 0), yticks=[], ylabel="expert")
-        axes.set_title(title, loc="left", fontsize=10)
+        axes.set_title(title, loc="left", fontsize=12)
         axes.tick_params(length=0)
         for side in ("top", "right", "bottom"):
             axes.spines[side].set_visible(False)
     rows[-1].set_xticks(
-        np.arange(len(tokens)) + 0.5, [token.strip() or " " for token in tokens], rotation=60, fontsize=8
+        np.arange(len(tokens)) + 0.5, [token.strip() or " " for token in tokens], rotation=90, fontsize=9
     )
     save(figure, path)
 
