@@ -95,7 +95,8 @@ def test_its_reward_grades_as_the_page_says(folder, monkeypatch):
     assert grade("eleven", row) == 0.0
 
 
-@pytest.mark.parametrize("more", [SHORT, pytest.param([], marks=pytest.mark.slow)], ids=["short", "whole"])
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [SHORT, []], ids=["short", "whole"])
 @pytest.mark.timeout(1800)  # the half hour that a new user has
 def test_it_trains_reports_evaluates_and_answers(folder, more):
     printed = follow(of_page("megatron-vespo train sums.yaml"), folder, *more)

@@ -30,7 +30,7 @@ TABLE: dict[str, list[str]] = yaml.safe_load(FILE.read_text())
 """Who runs them -> commands. Who: tests, joined by " + "; or one of these."""
 NOT_RUN = {"GPUs": r"\bGPUs?\b", "network": r"\b(network|hub)\b|^hf ", "installation": ""}
 """Commands that no test runs, and what must stand in or beside each on its page."""
-INSTALLATION = r"(python3\.11|\.venv/bin/python -m pip|source|mkdir|cd|sudo make) .*|make test"
+INSTALLATION = r"(git clone|python3\.11|\.venv/bin/python -m pip|source|mkdir|cd|sudo make) .*|make test"
 
 COMMANDS = commands()
 IDS = [command.where for command in COMMANDS]
@@ -115,21 +115,30 @@ def understand(words: list[str], command: Command, monkeypatch) -> None:
         rest = [word for word in rest if word not in ("[key=value", "...]")]
         understand_settings(rest[0], read_by_click(get_command(app), rest), command)
     elif program == "sbatch":
-        template = next(number for number, word in enumerate(rest) if word.endswith(".sbatch"))
-        assert (REPOSITORY / rest[template]).is_file(), rest[template]
-        name, given = Path(rest[template]).stem, rest[template + 1 :]
-        if name == "convert":
-            understand(["python", f"tools/convert_{given[0]}.py", *given[1:]], command, monkeypatch)
-        elif name == "ablation_array":
-            understand(["megatron-vespo", "ablate", given[0], "--out", *given[1:]], command, monkeypatch)
-        else:
-            understand([*TEMPLATES[name], *given], command, monkeypatch)
+        understand(inside_a_job(rest), command, monkeypatch)
     elif program == "srun" and "megatron-vespo" in rest:
         understand(rest[rest.index("megatron-vespo") :], command, monkeypatch)
     elif program in ("python", "torchrun"):
         understand_script(rest, command, monkeypatch)
     else:  # a program of others
-        assert program == "srun" or text_is_listed(command.text) in ("installation", "network"), program
+        assert program in ("srun", "squeue", "scontrol", "scancel") or text_is_listed(command.text) in (
+            "installation",
+            "network",
+        ), program
+
+
+def inside_a_job(words: list[str]) -> list[str]:
+    """The command that sbatch with these words would have a node run."""
+    if "--wrap" in words:
+        return words_of(words[words.index("--wrap") + 1])
+    template = next(number for number, word in enumerate(words) if word.endswith(".sbatch"))
+    assert (REPOSITORY / words[template]).is_file(), words[template]
+    name, given = Path(words[template]).stem, words[template + 1 :]
+    if name == "convert":
+        return ["python", f"tools/convert_{given[0]}.py", *given[1:]]
+    if name == "ablation_array":
+        return ["megatron-vespo", "ablate", given[0], "--out", *given[1:]]
+    return [*TEMPLATES[name], *given]
 
 
 def understand_script(words: list[str], command: Command, monkeypatch) -> None:

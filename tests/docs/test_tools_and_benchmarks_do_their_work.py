@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.timeout(3000)
+"""Of each test: the long ones take minutes on two idle cores."""
+
 QUICKSTART = "examples/quickstart.yaml"
 
 
@@ -64,7 +67,6 @@ def test_a_dense_model_in_a_layout_and_the_matrix_of_two_ranks_with_replay(tmp_p
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1200)
 def test_the_base_is_rebuilt_and_refused_when_it_has_not_learned(tmp_path, monkeypatch):
     """Three steps of its training: every part runs, and at the end it says what it is worth."""
     repository = Path.cwd()
@@ -94,7 +96,6 @@ def test_phases_of_a_run_add_up(finished):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
 @pytest.mark.parametrize(
     ("name", "words"),
     [
@@ -116,14 +117,12 @@ def test_a_benchmark_measures_and_writes_what_it_found(name, words, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
 def test_the_objective_is_measured_with_the_steps_of_a_run(finished, tmp_path):
     run("benchmarks/objective.py", "--repetitions", 1, "--run", finished, "--out", tmp_path / "found.json")
     assert figures(tmp_path / "found.json")["step"]
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
 @pytest.mark.parametrize(
     ("name", "words"),
     [("routing.py", ["--repetitions", 1]), ("routing_replay_cost.py", ["--runs", 1]), ("routing_mismatch.py", [])],
