@@ -35,8 +35,9 @@ def name_of(bound: int | None) -> str:
 
 
 def draw(rows: dict[int, list[Row]], path: Path) -> None:
-    figure, axes = plt.subplots(1, len(GPUS), figsize=(3.4 * len(GPUS), 3.4), layout="constrained")
-    for axis, gpus in zip(axes, GPUS, strict=True):
+    figure, grid = plt.subplots(1, len(rows), figsize=(3.4 * len(rows), 3.4), layout="constrained", squeeze=False)
+    axes = grid[0]
+    for axis, gpus in zip(axes, rows, strict=True):
         for bound in BOUNDS:
             of_bound = [row for row in rows[gpus] if row.max_staleness == bound]
             share = [row.rollout_gpus / gpus for row in of_bound]
@@ -64,9 +65,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="write every split here, as JSON")
     parser.add_argument("--figure", type=Path)
+    parser.add_argument("--gpus", type=int, nargs="+", default=GPUS)
     options = parser.parse_args()
     config = load_config(TrainConfig, "examples/quickstart.yaml", list(SETTINGS))
-    rows = {gpus: plan_split(config, gpus, QWEN3_30B_A3B_ON_H100, LENGTHS, BOUNDS) for gpus in GPUS}
+    rows = {gpus: plan_split(config, gpus, QWEN3_30B_A3B_ON_H100, LENGTHS, BOUNDS) for gpus in options.gpus}
     for gpus, of_gpus in rows.items():
         for bound in BOUNDS:
             print(line(gpus, recommended([row for row in of_gpus if row.max_staleness == bound])), flush=True)

@@ -83,15 +83,17 @@ def sft(config: ConfigFile, overrides: Overrides = None, dry_run: DryRun = False
 @app.command(name="eval")
 def evaluate(
     checkpoint: Annotated[Path, typer.Argument(help="Folder in Hugging Face format.", metavar="CHECKPOINT")],
-    tasks: Annotated[Path, typer.Argument(help="YAML with the tasks and how to sample.", metavar="TASKS")],
+    tasks: Annotated[
+        Path, typer.Argument(help="YAML with tasks and how to sample, or that of a training run.", metavar="TASKS")
+    ],
     overrides: Overrides = None,
     output: Annotated[Path | None, typer.Option("--out", help="Also write the figures as JSON.")] = None,
 ) -> None:
     """Accuracy of a checkpoint on the engine: avg@k, pass@k, response length."""
-    from megatron_vespo.config import EvaluateConfig, load_config
+    from megatron_vespo.config import load_tasks
     from megatron_vespo.observability.console import RunConsole
 
-    settings = load_config(EvaluateConfig, tasks, overrides)
+    settings = load_tasks(tasks, overrides)
     with RunConsole(f"eval {checkpoint}", 1) as console:
         console.phase(LOADING)
         from megatron_vespo.orchestration.evaluate_checkpoint import run_evaluation

@@ -7,6 +7,7 @@ from typing import Any
 
 from megatron_vespo.checkpoint.hf_rope import positive_number, read_rope
 from megatron_vespo.config import ConfigError
+from megatron_vespo.errors import looked_in
 from megatron_vespo.routing.routes import RoutingShape
 
 CONFIG_FILE = "config.json"
@@ -140,7 +141,7 @@ def read_config_json(folder: str | Path) -> dict[str, Any]:
     path = folder / CONFIG_FILE
     try:
         if not folder.is_dir():
-            found = "this is a file" if folder.exists() else "no such folder"
+            found = "this is a file" if folder.exists() else f"no such folder{looked_in(folder)}"
             raise ConfigError(f"{folder}: {found}; a model is a folder with {CONFIG_FILE}, a tokenizer and safetensors")
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

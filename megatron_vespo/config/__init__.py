@@ -13,7 +13,7 @@ from megatron_vespo.config.data import (
     RewardConfig,
     Source,
 )
-from megatron_vespo.config.load import load_config
+from megatron_vespo.config.load import load_config, load_tasks
 from megatron_vespo.config.model import ModelConfig, OptimizerConfig
 from megatron_vespo.config.objective import EngineCorrection, Kernel, KernelCoefficients, KLConfig, ObjectiveConfig
 from megatron_vespo.config.policy import LayoutConfig, PolicyConfig, RecomputeConfig, ReferenceConfig
@@ -83,5 +83,6 @@ __all__ = [
     "TrainConfig",
     "WeightSyncConfig",
     "load_config",
+    "load_tasks",
     "plan_runs",
 ]

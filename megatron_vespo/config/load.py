@@ -10,6 +10,7 @@ from pydantic_core import ErrorDetails
 
 from megatron_vespo.config.data import Source
 from megatron_vespo.config.objective import EngineCorrection, Kernel
+from megatron_vespo.config.run import EvaluateConfig, TrainConfig
 from megatron_vespo.config.section import Section
 from megatron_vespo.errors import ConfigError
 
@@ -53,6 +54,17 @@ def load_config(
     if problems := [f"{key}: {message}" for key, message in config.problems()]:
         raise ConfigError(listed(path, problems))
     return config
+
+
+def load_tasks(path: str | Path, overrides: list[str] | None = None) -> EvaluateConfig:
+    """What `megatron-vespo eval` shall ask: a file of its own kind, or the configuration of a training run.
+
+    Raises:
+        ConfigError: as `load_config`.
+    """
+    if "algorithm" in with_base(Path(path), ()):
+        return EvaluateConfig.of_training(load_config(TrainConfig, path, overrides))
+    return load_config(EvaluateConfig, path, overrides)
 
 
 def with_base(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:

@@ -153,5 +153,17 @@ class EvaluateConfig(Section):
     """Of the engine, unless `rollout.engine.dtype` says otherwise."""
     cluster: ClusterConfig = ClusterConfig()
 
+    @classmethod
+    def of_training(cls, run: TrainConfig) -> "EvaluateConfig":
+        """The held-out prompts of a training run, sampled as there, on this host."""
+        return cls(
+            data=run.data,
+            reward=run.reward,
+            rollout=run.rollout,
+            evaluation=CheckpointEvaluationConfig(**run.evaluation.model_dump()),
+            dtype=run.model.dtype,
+            cluster=ClusterConfig(interface=run.cluster.interface),
+        )
+
     def own_problems(self) -> Iterator[tuple[str, str]]:
         yield from self.evaluation.seed_problems("evaluation", self.rollout)

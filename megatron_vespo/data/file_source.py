@@ -9,6 +9,7 @@ import numpy as np
 
 from megatron_vespo.config import ConfigError
 from megatron_vespo.data.sources import Item
+from megatron_vespo.errors import looked_in
 
 SUFFIXES = (".jsonl", ".parquet", ".csv")
 
@@ -43,7 +44,7 @@ def read_rows(path: str | Path, key: str) -> list[dict[str, Any]]:
     """
     path = Path(path)
     if not path.is_file():
-        raise ConfigError(f"{key}: {path}: no such file")
+        raise ConfigError(f"{key}: {path}: no such file{looked_in(path)}")
     if path.suffix not in SUFFIXES:
         raise ConfigError(f"{key}: {path}: is neither of {', '.join(SUFFIXES)}")
     try:

@@ -119,7 +119,9 @@ def held_out_prompts(evaluation: EvaluationConfig, data: DataConfig, tokenizer: 
     first = 0 if evaluation.sources is None else len(data.sources)
     sources = _build_sources(configs, evaluation.seed, "held-out", key)
     labels = _labels(sources)
-    seen = excluded_texts(evaluation.exclude)
+    excluded = excluded_texts(evaluation.exclude)
+    seen = set(excluded)
+    left_out, too_long = set(), 0
     cursors = [0] * len(sources)
     prompts: list[Prompt] = []
     while len(prompts) < evaluation.prompts:
@@ -129,18 +131,22 @@ def held_out_prompts(evaluation: EvaluationConfig, data: DataConfig, tokenizer: 
             index = cursors[number]
             cursors[number] += 1
             item = source.item(index)
-            if question_text(item.question) in seen:
+            text = question_text(item.question)
+            if text in seen:
+                left_out |= excluded & {text}
                 continue
-            seen.add(question_text(item.question))
+            seen.add(text)
             identity = f"{labels[number]}/held-out-{evaluation.seed}/{index}"
             prompt = make_prompt(item, identity, first + number, data, tokenizer)
             if prompt is not None:
                 prompts.append(prompt)
                 break
+            too_long += 1
         else:
             raise ConfigError(
                 f"{key}.{number}: only {len(prompts)} of evaluation.prompts ({evaluation.prompts}) different questions "
-                f"were found that are not excluded and not too long; ask for fewer"
+                f"were found: {len(left_out)} others are in evaluation.exclude, {too_long} are longer than "
+                "data.max_prompt_tokens. Ask for fewer evaluation.prompts, or give more rows"
             )
     return prompts
 

@@ -182,7 +182,7 @@ def _what_next(folder: Path) -> str:
         f"\nreport       {folder / 'report.html'}\nsummary      {folder / 'summary.json'}\n"
         f"checkpoint   {folder / 'checkpoint'}\n"
         f"metrics      {folder / 'metrics.jsonl'}, explained in docs/metrics.md\n\n"
-        f"Next: open the report in a browser; evaluate the checkpoint on tasks of your choice with\n"
-        f"  megatron-vespo eval {folder / 'checkpoint'} examples/tiny_base.eval.yaml\n"
+        f"Next: open the report in a browser; evaluate the checkpoint on the same questions, or on others, with\n"
+        f"  megatron-vespo eval {folder / 'checkpoint'} {folder / 'config.yaml'}\n"
         f"or change a setting on the command line, e.g. algorithm.staleness=8 run_dir=runs/staleness_8"
     )

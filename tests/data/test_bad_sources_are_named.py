@@ -67,6 +67,12 @@ def test_files(tmp_path):
         file_source(tmp_path / "rows.csv")
 
 
+def test_a_relative_path_is_said_with_the_folder_it_was_taken_from(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=rf"rows\.csv: no such file \(looked for from {tmp_path}, where the command"):
+        file_source("rows.csv")
+
+
 def test_the_same_rows_come_from_jsonl_parquet_and_csv(tmp_path):
     import pyarrow
     import pyarrow.parquet

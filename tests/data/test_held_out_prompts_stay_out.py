@@ -50,6 +50,19 @@ def test_asking_for_more_than_there_is_says_how_many_there_are(small, tokenizer)
         held_out_prompts(EvaluationConfig(prompts=201), small, tokenizer)
 
 
+def test_asking_for_more_says_why_the_others_do_not_count(tokenizer, tmp_path):
+    def rows(name: str, questions: list[str]) -> FileSource:
+        lines = [json.dumps({"prompt": question, "answer": "1"}) for question in questions]
+        (tmp_path / name).write_text("\n".join(lines))
+        return FileSource(type="file", path=str(tmp_path / name), scorer="exact_match")
+
+    short = [f"What is {n}?" for n in range(8)]
+    data = DataConfig(sources=(rows("all.jsonl", [*short, "What is " + "1 + " * 40 + "1?"]),), max_prompt_tokens=60)
+    exclude = (ExcludedPrompts(source=rows("seen.jsonl", short[:3]), seed=1, size=3),)
+    with pytest.raises(ConfigError, match=r"only 5 of .* \(6\) .*: 3 others are in evaluation\.exclude, 1 are longer"):
+        held_out_prompts(EvaluationConfig(prompts=6, exclude=exclude), data, tokenizer)
+
+
 def test_holding_out_a_whole_file_leaves_nothing_to_train_on(tokenizer, tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps({"prompt": f"What is {n}?", "answer": n}) + "\n" for n in range(8)))

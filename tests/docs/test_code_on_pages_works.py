@@ -1,0 +1,82 @@
+"""What the pages give as an example of own code does what they say, taken from the pages themselves."""
+
+import importlib
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from code_blocks import REPOSITORY, write_files
+
+from megatron_vespo.config import TrainConfig, load_config
+from megatron_vespo.objective import policy_loss
+from megatron_vespo.rewards.scorers import build_environment, build_scorer
+
+LOG_RATIOS = torch.tensor([0.2, -0.5, 0.1, 0.9, 0.4], dtype=torch.float64)
+"""Of two responses, of 3 and 2 tokens."""
+
+
+@pytest.fixture
+def user(tmp_path, monkeypatch):
+    """A function: a folder with the files of a page, from which commands are started. Modules are found in it."""
+    known = set(sys.modules)
+
+    def folder_of(page: str) -> Path:
+        (tmp_path / "examples").symlink_to(REPOSITORY / "examples")
+        write_files(REPOSITORY / "docs" / page, tmp_path)
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.syspath_prepend(str(tmp_path))
+        importlib.invalidate_caches()
+        return tmp_path
+
+    yield folder_of
+    for name in ("my_kernels", "my_reward", "my_tools"):
+        if name not in known:
+            sys.modules.pop(name, None)
+
+
+def test_the_kernel_of_ones_own_is_what_its_page_says(user):
+    user("objectives.md")
+    config = load_config(TrainConfig, "own_kernel.yaml").algorithm.objective
+    log_probs = torch.full((5,), -1.0, dtype=torch.float64, requires_grad=True)
+    loss, _ = policy_loss(
+        config,
+        log_probs=log_probs,
+        old_log_probs=log_probs.detach() - LOG_RATIOS,
+        advantages=torch.tensor([1.0, -2.0], dtype=torch.float64),
+        response_mask=torch.ones(5, dtype=torch.bool),
+        cu_seqlens=torch.tensor([0, 3, 5], dtype=torch.int32),
+        denominator=1,
+    )
+    (gradient,) = torch.autograd.grad(loss, log_probs)
+    # W = exp(-0.2) and exp(1.3) = 3.67, which is above the cap of 2; the gradient of the loss is -phi A for each token.
+    first, second = -torch.tensor(-0.2).double().exp() / 2, torch.tensor(2.0).double()
+    torch.testing.assert_close(gradient, torch.stack([first, first, first, second, second]))
+
+
+def test_the_reward_of_ones_own_grades_rows_of_the_file(user):
+    user("tasks.md")
+    (source,) = load_config(TrainConfig, "own.yaml").data.sources
+    grade = build_scorer(source, "data.sources.0")
+    row = {"prompt": "What is 2 + 3?", "answer": "5"}
+    assert [grade(text, row) for text in ("It is 5", "5\n", "6", "5 or so")] == [1.0, 1.0, 0.0, 0.0]
+
+
+def test_the_environment_of_ones_own_answers_and_ends(user):
+    user("tasks.md")
+    config = load_config(TrainConfig, "with_tools.yaml")
+    reply = build_environment(config.data.sources[0], "data.sources.0")
+    row = {"prompt": "What is 2 + 3?", "answer": "5"}
+    assert reply is not None and config.rollout.max_turns == 4
+    assert reply("<calc>2+3</calc>", row) == "<result>5</result>"
+    assert reply("<calc>2+3</calc><result>5</result><calc>5+4</calc>", row) == "<result>9</result>"
+    assert reply("<calc>2+3</calc><result>5</result>It is 5", row) is None
+    assert reply("5", row) is None
+
+
+def test_the_configuration_for_another_model_is_complete(user):
+    folder = user("models.md")
+    (folder / "mine.yaml").write_text((folder / "mine.yaml").read_text().replace("base: ", "base: examples/"))
+    config = load_config(TrainConfig, "mine.yaml")
+    assert config.policy.layout.ep == 1 and config.rollout.engine.max_total_tokens is None
+    assert config.data.max_prompt_tokens + config.rollout.max_response_tokens <= config.policy.micro_batch_tokens
