@@ -49,6 +49,10 @@ class Variant:
 
     name: str
     runs: list[RunFolder]
+    method: str = ""
+    """Of a grid: the variant's name there, without the grid's values."""
+    point: tuple[tuple[str, str], ...] = ()
+    """Of a grid: its values, as (key.path, text)."""
 
 
 @dataclass(frozen=True)

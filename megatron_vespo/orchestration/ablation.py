@@ -156,7 +156,12 @@ def compare(title: str, planned: list[PlannedRun], out: Path, also: Also | None)
 
 
 def _variants(planned: list[PlannedRun]) -> list[Variant]:
-    names = list(dict.fromkeys(run.variant for run in planned))
-    begun = [run for run in planned if (Path(run.config.run_dir) / "metrics.jsonl").exists()]
-    found = {name: [read_run(run.config.run_dir) for run in begun if run.variant == name] for name in names}
-    return [Variant(name, runs) for name, runs in found.items() if runs]
+    begun: dict[str, list[PlannedRun]] = {}
+    for run in planned:
+        if (Path(run.config.run_dir) / "metrics.jsonl").exists():
+            begun.setdefault(run.variant, []).append(run)
+    names = dict.fromkeys(run.variant for run in planned if run.variant in begun)
+    return [
+        Variant(name, [read_run(run.config.run_dir) for run in begun[name]], begun[name][0].method, begun[name][0].point)
+        for name in names
+    ]
