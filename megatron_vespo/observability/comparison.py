@@ -117,17 +117,20 @@ def comparison_rows(variants: Sequence[Variant]) -> list[dict[str, Any]]:
     """The comparison as plain data that JSON can hold: one row a variant, in their order.
 
     Returns:
-        For each variant `name`, `seeds` (how many runs), `finished`, `collapsed` (how many of them), for each name of
-        MEASURED a mapping of `mean`, `min`, `max` and `n` (runs that have the number; None and 0 where none has; those
-        of COSTS are of finished runs, since a run that stopped early looks cheap), and
-        `runs`: for each run its folder's name, `seed`, `status`, `steps`, `planned_steps`, `collapsed` (the reason or
-        None), `accuracy_latest` and `accuracy_latest_step`, and the number itself for each name of MEASURED.
+        For each variant `name`, `method` and `point` (of a grid: its variant's name and its values), `seeds` (how many
+        runs), `finished`, `collapsed` (how many of them), for each name of MEASURED a mapping of `mean`, `min`, `max` and
+        `n` (runs that have the number; None and 0 where none has; those of COSTS are of finished runs, since a run that
+        stopped early looks cheap), and `runs`: for each run its folder's name, `seed`, `status`, `steps`,
+        `planned_steps`, `collapsed` (the reason or None), `accuracy_latest` and `accuracy_latest_step`,
+        `accuracy_over_steps` ([step, accuracy] of each evaluation), and the number itself for each name of MEASURED.
     """
     rows = []
     for variant in variants:
         runs = [_run_row(run) for run in variant.runs]
         row: dict[str, Any] = {
             "name": variant.name,
+            "method": variant.method or variant.name,
+            "point": dict(variant.point),
             "seeds": len(runs),
             "finished": sum(run["status"] == "finished" for run in runs),
             "collapsed": sum(run["collapsed"] is not None for run in runs),
@@ -156,6 +159,7 @@ def _run_row(run: RunFolder) -> dict[str, Any]:
         "accuracy_best": best_accuracy(run),
         "accuracy_latest": latest,
         "accuracy_latest_step": latest_step,
+        "accuracy_over_steps": [list(evaluation) for evaluation in evaluations],
         "log_weight_std": _median(run, "log_weight/std"),
         "ess": _median(run, "ess"),
         "response_length": _at_end(run, "response/length_mean"),
