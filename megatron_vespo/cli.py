@@ -145,7 +145,9 @@ def ablate(
     also = None
     if results is not None:
         command = ["megatron-vespo", "ablate", str(grid), "--out", str(output), *(overrides or [])]
-        command += [word for seed in seeds or () for word in ("--seed", str(seed))] + (["--scale", scale] if scale else [])
+        command += [word for seed in seeds or () for word in ("--seed", str(seed))] + (
+            ["--scale", scale] if scale else []
+        )
         also = kept(results, settings.title, shlex.join(command), len(planned))
     print(run_ablation(settings.title, planned, output, minutes, also))
 

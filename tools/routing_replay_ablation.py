@@ -17,7 +17,7 @@ from rich.table import Table
 
 from megatron_vespo.cli import exit_code
 from megatron_vespo.config import AblationConfig, ConfigError, load_config, plan_runs
-from megatron_vespo.observability.comparison_charts import Variant
+from megatron_vespo.observability.comparison_grid import Variant
 from megatron_vespo.observability.routing_comparison import (
     COLUMNS,
     write_routing_comparison,

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_vespo.observability.comparison import comparison_rows
-from megatron_vespo.observability.comparison_charts import Variant
+from megatron_vespo.observability.comparison_grid import Variant
 from megatron_vespo.observability.run_folder import RunFolder
 
 

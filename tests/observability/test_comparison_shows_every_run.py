@@ -11,7 +11,6 @@ from small_run import BATCHES, CONFIG, HOSTILE, STALENESS, evaluation_row, run_r
 
 from megatron_vespo.config import ConfigError
 from megatron_vespo.observability.comparison import (
-    Variant,
     comparison_rows,
     config_differences,
     mixed_settings,
@@ -26,6 +25,7 @@ from megatron_vespo.observability.comparison_charts import (
     spreads,
     thinned,
 )
+from megatron_vespo.observability.comparison_grid import Variant
 from megatron_vespo.observability.run_folder import RunFolder, read_run
 from megatron_vespo.observability.sinks import JsonlSink, Metrics
 from megatron_vespo.observability.summary import write_summary
