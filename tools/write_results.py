@@ -1,20 +1,28 @@
-"""Write the figures of docs/results.md from results/*.json: python tools/write_results.py
+"""Write the figures of docs/results.md, and its images, from results/*.json: python tools/write_results.py
 
 A grid that was run has a section, and in it a part between two markers, which this tool writes; everything else on the page
 is written by hand and stays. A grid without results has no section.
 """
 
+import io
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_vespo.observability.comparison_grid import grid_table, last_of
+import matplotlib as mpl
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from megatron_vespo.observability.comparison_charts import PALETTE
+from megatron_vespo.observability.comparison_grid import grid_table, last_of, named
 
 REPOSITORY = Path(__file__).parents[1]
 TARGET = REPOSITORY / "docs" / "results.md"
 RESULTS = REPOSITORY / "results"
+IMAGES = REPOSITORY / "docs" / "images"
+ABREAST = 4
 
 
 @dataclass(frozen=True)
@@ -72,6 +80,8 @@ def end(name: str) -> str:
 def figures(section: Section, data: dict[str, Any]) -> str:
     """What stands between the markers."""
     parts = [origin(section.name, data)]
+    if curves_by_point(data["variants"]):
+        parts.append(f"![Held-out accuracy over steps, {section.heading}](images/{image(section.name)})")
     if found := "\n".join(by_value(section, data["variants"])):
         parts.append(found)
     parts.append("\n".join(by_variant(data["variants"])))
@@ -123,6 +133,67 @@ def by_variant(rows: list[dict[str, Any]]) -> Iterator[str]:
         yield f"| {row['name']} | {runs} | " + " | ".join(cells) + f" | {row['collapsed']} |"
 
 
+def image(name: str) -> str:
+    return f"results_{name}.svg"
+
+
+Curve = dict[float, list[float]]
+"""Accuracies of all runs, by step."""
+
+
+def curves_by_point(rows: list[dict[str, Any]]) -> dict[str, dict[str, Curve]]:
+    """Of each method at each point of the grid; empty where the runs have no curves."""
+    found: dict[str, dict[str, Curve]] = {}
+    for row in rows:
+        curve: Curve = {}
+        for step, accuracy in (point for run in row["runs"] for point in run.get("accuracy_over_steps", [])):
+            curve.setdefault(step, []).append(accuracy)
+        if curve:
+            found.setdefault(named(list(row["point"].items())), {})[row["method"]] = dict(sorted(curve.items()))
+    return found
+
+
+def draw(rows: list[dict[str, Any]]) -> bytes | None:
+    """Learning curves as SVG, a panel for each point of the grid: mean over seeds, band from the least to the largest."""
+    panels = curves_by_point(rows)
+    if not panels:
+        return None
+    colours = dict(zip(dict.fromkeys(row["method"] for row in rows), (light for light, _ in PALETTE), strict=False))
+    across = min(len(panels), ABREAST)
+    down = -(-len(panels) // ABREAST)
+    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "results", "font.size": 9}):
+        figure = Figure(figsize=(0.8 + 2.7 * across, 0.5 + 2.2 * down), layout="constrained")
+        axes = figure.subplots(down, across, sharex=True, sharey=True, squeeze=False).ravel()
+        for axis, (title, curves) in zip(axes, panels.items(), strict=False):
+            for method, curve in curves.items():
+                steps, values = list(curve), list(curve.values())
+                axis.fill_between(
+                    steps, [min(v) for v in values], [max(v) for v in values], color=colours[method], alpha=0.15, lw=0
+                )
+                axis.plot(steps, [sum(v) / len(v) for v in values], color=colours[method], lw=1.6)
+            axis.set_title(title, fontsize=9)
+            axis.grid(alpha=0.3)
+        for axis in axes[len(panels) :]:
+            axis.set_visible(False)
+        figure.supxlabel("optimizer steps", fontsize=9)
+        figure.supylabel("held-out accuracy", fontsize=9)
+        lines = [Line2D([], [], color=colour) for colour in colours.values()]
+        figure.legend(lines, list(colours), loc="outside upper center", ncols=len(colours), frameon=False)
+        drawn = io.BytesIO()
+        figure.savefig(drawn, format="svg", metadata={"Date": None})
+    return drawn.getvalue()
+
+
+def images(results: Path) -> dict[str, bytes]:
+    """Of all grids in `results`, by file name."""
+    found = {}
+    for section in SECTIONS:
+        if (file := results / f"{section.name}.json").exists():
+            drawn = draw(json.loads(file.read_text())["variants"])
+            found |= {image(section.name): drawn} if drawn is not None else {}
+    return found
+
+
 def spread(found: dict[str, Any], digits: int) -> str:
     if not found["n"]:
         return ""
@@ -162,4 +233,6 @@ def page(text: str, results: Path) -> str:
 
 if __name__ == "__main__":
     TARGET.write_text(page(TARGET.read_text(), RESULTS))
+    for name, drawn in images(RESULTS).items():
+        (IMAGES / name).write_bytes(drawn)
     print(TARGET)

@@ -39,6 +39,20 @@ def test_the_page_is_up_to_date(tool):
     assert tool.page(PAGE.read_text(), tool.RESULTS) == PAGE.read_text(), "run python tools/write_results.py"
 
 
+def test_the_images_are_up_to_date(tool):
+    for name, drawn in tool.images(tool.RESULTS).items():
+        assert (tool.IMAGES / name).read_bytes() == drawn, "run python tools/write_results.py"
+
+
+def test_curves_are_drawn_over_all_runs_of_a_method(tool):
+    point = {"algorithm.staleness": "4"}
+    runs = [{"accuracy_over_steps": [[0, 0.2], [8, 0.4]]}, {"accuracy_over_steps": [[0, 0.4]]}]
+    rows = [{"method": "a", "point": point, "runs": runs}, {"method": "b", "point": point, "runs": [{}]}]
+    assert tool.curves_by_point(rows) == {"staleness=4": {"a": {0: [0.2, 0.4], 8: [0.4]}}}
+    assert b"staleness=4" in tool.draw(rows) == tool.draw(rows)
+    assert tool.draw(rows[1:]) is None
+
+
 def test_every_row_is_the_mean_and_the_range_of_its_runs():
     """From the runs of each file, not from the means in it."""
     assert sections()
