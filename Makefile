@@ -49,6 +49,7 @@ slurm-deps:
 # The documentation as a site: build/site/index.html
 docs: $(STAMP)
 	$(BIN)/python tools/write_config_reference.py
+	$(BIN)/python tools/write_results.py
 	$(BIN)/mkdocs build --strict --quiet
 
 check: $(STAMP)

@@ -131,7 +131,8 @@ def ablate(
     from megatron_vespo.config import AblationConfig, load_config, plan_runs
 
     settings = load_config(AblationConfig, grid, settings={"seeds": seeds} if seeds else None)
-    planned = plan_runs(settings, grid, output, overrides, scale and grid.parent / f"{scale}.yaml")
+    over = None if scale is None else grid.parent / f"{scale}.yaml"
+    planned = plan_runs(settings, grid, output, overrides, over)
     if only is not None:
         if only >= len(planned):
             raise ConfigError(f"--only {only}: {grid} has {len(planned)} runs, 0 to {len(planned) - 1}")
@@ -152,7 +153,7 @@ def ablate(
     print(run_ablation(settings.title, planned, output, minutes, also))
 
 
-def kept(path: Path, title: str, command: str, planned: int):
+def kept(path: Path, title: str, command: str, planned: int) -> Callable[..., None]:
     """What `run_ablation` is to do with its runs besides comparing them: write them to `path`."""
     from megatron_vespo.observability.results import Origin, write_results
     from megatron_vespo.orchestration.provenance import cores, machine, source_commit

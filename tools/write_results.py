@@ -6,7 +6,7 @@ is written by hand and stays. A grid without results has no section.
 
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -114,12 +114,12 @@ def by_value(section: Section, rows: list[dict[str, Any]]) -> Iterator[str]:
     for name, at in table.lines:
         cells = [cell(row) if row is not None else "" for row in at]
         if kept:
-            first, last = (row and row["accuracy_final"]["mean"] for row in (at[0], at[-1]))
+            first, last = (row["accuracy_final"]["mean"] if row is not None else None for row in (at[0], at[-1]))
             cells.append(f"{last / first:.2f}" if first and last else "")
         yield f"| {name} | " + " | ".join(cells) + " |"
 
 
-def cell(row: dict[str, Any]) -> str:
+def cell(row: Mapping[str, Any]) -> str:
     collapsed = f", {row['collapsed']} of {row['seeds']} collapsed" if row["collapsed"] else ""
     return spread(row["accuracy_final"], 3) + collapsed
 
