@@ -324,4 +324,25 @@ CORRECTION = (
         form=percent,
         include=(0.0,),
     ),
+    Measure(
+        "kept",
+        "Gradient that the kernel lets through",
+        "log(mean of abs(phi A) / mean of abs(A)) at the last mini-batch of each rollout batch. Healthy between -0.5 and 0.2; "
+        "below -1.5 the gradient is starved, and AdamW makes full steps of what little is left.",
+        lambda run: last_mini_batches(run, "gradient/log_kept"),
+        label="log of the share",
+        include=(0.0,),
+        level=0.0,
+    ),
+    Measure(
+        "sides",
+        "Gradient of good responses",
+        "Share of abs(phi A), summed over tokens, that is in trajectories with an advantage above 0, at the last mini-batch "
+        "of each rollout batch. Near 0 a step only drives out what is bad.",
+        lambda run: last_mini_batches(run, "gradient/positive_share"),
+        label="share of the gradient",
+        form=percent,
+        include=(0.0, 1.0),
+        level=0.5,
+    ),
 )

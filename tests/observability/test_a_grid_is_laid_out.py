@@ -113,5 +113,5 @@ def test_a_browser_shows_every_panel_and_nothing_overflows(grid, tmp_path, width
     page = write_comparison(tmp_path / "page.html", "t", grid)
     seen = seen_in_browser(page.read_text(encoding="utf-8").replace("</body>", probe), width, tmp_path)
     assert seen["overflow"] <= 0 and seen["small"] == 0
-    assert seen["areas"] == seen["drawn"] == 8 * 3
+    assert seen["areas"] == seen["drawn"] == 10 * 3
     assert seen["abreast"] == (3 if width == 1600 else 1)

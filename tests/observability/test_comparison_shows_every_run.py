@@ -31,7 +31,19 @@ from megatron_vespo.observability.sinks import JsonlSink, Metrics
 from megatron_vespo.observability.summary import write_summary
 
 STEPS = STALENESS * BATCHES
-CHARTS = ["accuracy", "reward", "length", "entropy", "log-weight-std", "sample-size", "phi", "dead", "cost"]
+CHARTS = [
+    "accuracy",
+    "reward",
+    "length",
+    "entropy",
+    "log-weight-std",
+    "sample-size",
+    "phi",
+    "dead",
+    "kept",
+    "sides",
+    "cost",
+]
 
 
 def make_run(
@@ -327,7 +339,7 @@ def test_a_browser_shows_the_page_without_an_error(variants, tmp_path, width):
     page = write_comparison(tmp_path / "page.html", "t", variants)
     seen = seen_in_browser(page.read_text(encoding="utf-8").replace("</body>", probe), width, tmp_path)
     assert seen["width"] == width and seen["overflow"] <= 0
-    assert seen["areas"] == seen["drawn"] == 8
+    assert seen["areas"] == seen["drawn"] == 10
     assert set(seen["before"]) == {3} and set(seen["hidden"]) == {2}
     assert seen["faded"] and seen["restored"]
     assert seen["folded"] == 3
