@@ -22,7 +22,9 @@ REPOSITORY = Path(__file__).parents[1]
 TARGET = REPOSITORY / "docs" / "results.md"
 RESULTS = REPOSITORY / "results"
 IMAGES = REPOSITORY / "docs" / "images"
-ABREAST = 4
+ABREAST = 2
+FEW = 6
+"""Up to so many variants, the table of all is open."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,10 @@ def figures(section: Section, data: dict[str, Any]) -> str:
         parts.append(f"![Held-out accuracy over steps, {section.heading}](images/{image(section.name)})")
     if found := "\n".join(by_value(section, data["variants"])):
         parts.append(found)
-    parts.append("\n".join(by_variant(data["variants"])))
+    table = "\n".join(by_variant(data["variants"]))
+    if len(data["variants"]) > FEW:
+        table = f"<details markdown>\n<summary>Every variant</summary>\n\n{table}\n\n</details>"
+    parts.append(table)
     return "\n\n".join([begin(section.name), *parts, end(section.name)])
 
 
@@ -161,7 +166,7 @@ def draw(rows: list[dict[str, Any]]) -> bytes | None:
     colours = dict(zip(dict.fromkeys(row["method"] for row in rows), (light for light, _ in PALETTE), strict=False))
     across = min(len(panels), ABREAST)
     down = -(-len(panels) // ABREAST)
-    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "results", "font.size": 9}):
+    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "results", "font.size": 10}):
         figure = Figure(figsize=(0.8 + 2.7 * across, 0.5 + 2.2 * down), layout="constrained")
         axes = figure.subplots(down, across, sharex=True, sharey=True, squeeze=False).ravel()
         for axis, (title, curves) in zip(axes, panels.items(), strict=False):
@@ -171,12 +176,12 @@ def draw(rows: list[dict[str, Any]]) -> bytes | None:
                     steps, [min(v) for v in values], [max(v) for v in values], color=colours[method], alpha=0.15, lw=0
                 )
                 axis.plot(steps, [sum(v) / len(v) for v in values], color=colours[method], lw=1.6)
-            axis.set_title(title, fontsize=9)
+            axis.set_title(title, fontsize=10)
             axis.grid(alpha=0.3)
         for axis in axes[len(panels) :]:
             axis.set_visible(False)
-        figure.supxlabel("optimizer steps", fontsize=9)
-        figure.supylabel("held-out accuracy", fontsize=9)
+        figure.supxlabel("optimizer steps", fontsize=10)
+        figure.supylabel("held-out accuracy", fontsize=10)
         lines = [Line2D([], [], color=colour) for colour in colours.values()]
         figure.legend(lines, list(colours), loc="outside upper center", ncols=len(colours), frameon=False)
         drawn = io.BytesIO()

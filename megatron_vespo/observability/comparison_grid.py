@@ -1,6 +1,6 @@
 """How a grid of variants is laid out: lines of charts, panels side by side, and a table of methods by values."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,14 +80,14 @@ class GridTable:
 
 
 def grid_table(rows: Sequence[Mapping[str, Any]]) -> GridTable | None:
-    """Rows of `comparison_rows` with the grid's last axis across, methods and all other axes down.
+    """Rows of `comparison_rows` with the grid's last axis across, numbers in their order, methods and other axes down.
 
     None where there is nothing to lay across: no grid, or one of a single value.
     """
     axis = next(reversed(rows[0]["point"]), None) if rows else None
     if axis is None or any(next(reversed(row["point"]), None) != axis for row in rows):
         return None
-    columns = list(dict.fromkeys(row["point"][axis] for row in rows))
+    columns = _in_order(dict.fromkeys(row["point"][axis] for row in rows))
     if len(columns) < 2:
         return None
     lines: dict[str, dict[str, Mapping[str, Any]]] = {}
@@ -96,3 +96,11 @@ def grid_table(rows: Sequence[Mapping[str, Any]]) -> GridTable | None:
         name = ", ".join(text for text in (row["method"], named(others)) if text)
         lines.setdefault(name, {})[row["point"][axis]] = row
     return GridTable(axis, columns, [(name, [at.get(value) for value in columns]) for name, at in lines.items()])
+
+
+def _in_order(values: Iterable[str]) -> list[str]:
+    found = list(values)
+    try:
+        return sorted(found, key=float)
+    except ValueError:
+        return found

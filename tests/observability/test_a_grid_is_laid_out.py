@@ -74,6 +74,15 @@ def test_the_last_axis_is_across_and_what_was_not_planned_is_left_empty():
     ]
 
 
+def test_numbers_are_laid_across_in_their_order_and_words_as_they_come():
+    def columns(*values: str) -> list[str]:
+        table = grid_table(comparison_rows([variant("a", rate=value) for value in values]))
+        return [] if table is None else table.columns
+
+    assert columns("0.0001", "16", "5e-05", "4") == ["5e-05", "0.0001", "4", "16"]
+    assert columns("off", "R3", "10") == ["off", "R3", "10"]
+
+
 def test_without_values_to_lay_across_there_is_no_table():
     assert grid_table([]) is None
     assert grid_table(comparison_rows([Variant("a", []), Variant("b", [])])) is None
