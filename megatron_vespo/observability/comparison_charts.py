@@ -328,7 +328,7 @@ CORRECTION = (
         "kept",
         "Gradient that the kernel lets through",
         "log(mean of abs(phi A) / mean of abs(A)) at the last mini-batch of each rollout batch. Healthy between -0.5 and 0.2; "
-        "below -1.5 the gradient is starved, and AdamW makes full steps of what little is left.",
+        "below -1.5 the gradient is starved: few trajectories make the step.",
         lambda run: last_mini_batches(run, "gradient/log_kept"),
         label="log of the share",
         include=(0.0,),
