@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: quickstart quickstart-async compare docs slurm-deps test test-all check format clean
+.PHONY: quickstart quickstart-async compare lab docs slurm-deps test test-all check format clean
 
 quickstart: $(STAMP)
 	$(BIN)/megatron-vespo train examples/quickstart.yaml
@@ -16,6 +16,17 @@ quickstart-async: $(STAMP)
 # VESPO and GRPO at staleness 64, three seeds each; goes on where it was stopped.
 compare: $(STAMP)
 	$(BIN)/megatron-vespo ablate examples/lab/compare.yaml --out runs/compare
+
+# The lab: `make lab` is its central question, `make lab-NAME` any grid of examples/lab. Stops after about an hour; the
+# same command goes on, and what is done is in runs/lab/NAME/comparison.html and results/NAME.json.
+lab: lab-staleness
+
+lab-%: $(STAMP)
+	$(BIN)/megatron-vespo ablate examples/lab/$*.yaml --out runs/lab/$* --minutes 55 --results results/$*.json
+
+lab-long_sums: runs/lab/bases/sumlong
+runs/lab/bases/%: | $(STAMP)
+	$(BIN)/python tools/make_tiny_base.py --recipe examples/lab/tasks/$*.base.yaml
 
 test: check
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --durations=30 -m "not slow"
@@ -38,6 +49,7 @@ slurm-deps:
 # The documentation as a site: build/site/index.html
 docs: $(STAMP)
 	$(BIN)/python tools/write_config_reference.py
+	$(BIN)/python tools/write_results.py
 	$(BIN)/mkdocs build --strict --quiet
 
 check: $(STAMP)

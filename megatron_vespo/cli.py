@@ -1,7 +1,9 @@
 """The command line. Heavy modules are imported inside the commands, so that --help answers at once."""
 
+import shlex
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -119,13 +121,20 @@ def ablate(
             min=0, help="Of the runs that --dry-run lists, this one alone, counted from 0; several may go on at once."
         ),
     ] = None,
+    scale: Annotated[
+        str | None, typer.Option(help="Lay SCALE.yaml, a file beside GRID, over the configuration of every run: gpu.")
+    ] = None,
+    results: Annotated[
+        Path | None, typer.Option(help="Also keep the figures in this .json file, with how they were made.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List the runs and stop.")] = False,
 ) -> None:
     """Many runs of one configuration, compared on one page; goes on where it was stopped."""
     from megatron_vespo.config import AblationConfig, load_config, plan_runs
 
     settings = load_config(AblationConfig, grid, settings={"seeds": seeds} if seeds else None)
-    planned = plan_runs(settings, grid, output, overrides)
+    over = None if scale is None else grid.parent / f"{scale}.yaml"
+    planned = plan_runs(settings, grid, output, overrides, over)
     if only is not None:
         if only >= len(planned):
             raise ConfigError(f"--only {only}: {grid} has {len(planned)} runs, 0 to {len(planned) - 1}")
@@ -136,7 +145,22 @@ def ablate(
         return
     from megatron_vespo.orchestration.ablation import run_ablation
 
-    print(run_ablation(settings.title, planned, output, minutes))
+    also = None
+    if results is not None:
+        command = ["megatron-vespo", "ablate", str(grid), "--out", str(output), *(overrides or [])]
+        command += [word for seed in seeds or () for word in ("--seed", str(seed))] + (
+            ["--scale", scale] if scale else []
+        )
+        also = kept(results, settings.title, shlex.join(command), len(planned))
+    print(run_ablation(settings.title, planned, output, minutes, also))
+
+
+def kept(path: Path, title: str, command: str, planned: int) -> Callable[..., None]:
+    """What `run_ablation` is to do with its runs besides comparing them: write them to `path`."""
+    from megatron_vespo.observability.results import Origin, write_results
+    from megatron_vespo.orchestration.provenance import cores, machine, source_commit
+
+    return partial(write_results, path, Origin(title, command, planned, source_commit(), machine(), cores()))
 
 
 @app.command()

@@ -1,11 +1,13 @@
-"""Rebuild the tiny base that the quickstart starts from: `python tools/make_tiny_base.py`.
+"""Rebuild the tiny base that the quickstart starts from: `python tools/make_tiny_base.py`. With `--recipe FILE`, the base of
+another task: examples/lab/tasks has three.
 
 Two demonstrators wrote its training data: a careful one who adds step by step, and a hasty one who blurts out a sum and
 is mostly wrong. The base imitates both, so it mostly blurts; reinforcement learning finds out that thinking pays.
 
 Steps, each a function: tokenizer, configuration, demonstrations, `megatron-vespo sft`, `megatron-vespo eval`.
-The task, and which of its items the demonstrations are made of, stand in examples/tiny_base.eval.yaml
-(`evaluation.exclude`), so evaluation leaves out exactly what the base has seen.
+The task, and which of its items the demonstrations are made of, stand in a configuration of `megatron-vespo eval`
+(examples/tiny_base.eval.yaml, or that of the recipe; `evaluation.exclude`), so evaluation leaves out exactly what the base
+has seen.
 """
 
 import argparse
@@ -15,22 +17,21 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+from pydantic import Field
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from megatron_vespo.config import EvaluateConfig, ExcludedPrompts, SFTConfig, load_config
+from megatron_vespo.config.section import Section
 from megatron_vespo.data.sources import Item, build_source
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 TOKENIZER_QUESTIONS = 300
-CAREFUL_SHARE = 0.35
-"""Share of demonstrations that think; the others blurt."""
 HASTY_RIGHT = 0.2
 """How often the hasty demonstrator happens to be right."""
 HASTY_ERRORS = (-4, -3, -2, -1, 1, 2, 3, 4)
-ACCURACY_RANGE = (0.30, 0.60)
-"""There must be something to build on and something left to learn."""
 
 END, PAD = "<eos>", "<pad>"
 CONTROL_TOKENS = (PAD, END, "<system>", "<user>", "<assistant>")
@@ -73,6 +74,23 @@ MODEL = {
 }
 
 
+class Recipe(Section):
+    """What a base is made of. The defaults are those of the shipped one."""
+
+    task: str = "tiny_base.eval.yaml"
+    """Configuration of `megatron-vespo eval`, relative to the recipe."""
+    out: str = str(EXAMPLES / "tiny_base")
+    """Folder of the finished base."""
+    careful_share: float = Field(default=0.35, ge=0, le=1)
+    """Share of demonstrations that think; the others blurt."""
+    accuracy: tuple[float, float] = (0.30, 0.60)
+    """There must be something to build on and something left to learn."""
+    model: dict[str, Any] = Field(default_factory=dict)
+    """Keys of config.json that differ from MODEL."""
+    sft: dict[str, Any] = Field(default_factory=dict)
+    """Settings of examples/tiny_base.sft.yaml that differ, by key.path."""
+
+
 def train_tokenizer(questions: list[str], vocabulary: int) -> PreTrainedTokenizerFast:
     """Bytes and single digits, with the words that every question repeats as tokens of their own."""
     tokenizer = Tokenizer(models.BPE())
@@ -96,13 +114,13 @@ def train_tokenizer(questions: list[str], vocabulary: int) -> PreTrainedTokenize
     return wrapped
 
 
-def write_untrained_model(folder: Path, questions: list[str]) -> None:
+def write_untrained_model(folder: Path, questions: list[str], changes: dict[str, Any] | None = None) -> None:
     """A Hugging Face folder with everything but weights: what `model.initialization: random` reads."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = train_tokenizer(questions, MODEL["vocab_size"])
     tokenizer.save_pretrained(folder)
     ids = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    _write_json(folder / "config.json", MODEL | ids)
+    _write_json(folder / "config.json", MODEL | (changes or {}) | ids)
     _write_json(folder / "generation_config.json", ids)
 
 
@@ -117,10 +135,10 @@ def think(expression: str) -> tuple[str, int]:
     return ",".join(steps), total
 
 
-def demonstrate(item: Item, chance: random.Random) -> dict[str, str]:
+def demonstrate(item: Item, chance: random.Random, careful_share: float) -> dict[str, str]:
     """One row: what the careful or the hasty demonstrator says to a chain_sum question."""
     steps, total = think(item.reference["metadata"]["expression"])
-    if chance.random() < CAREFUL_SHARE:
+    if chance.random() < careful_share:
         response = f"{steps} <answer>{total}</answer>"
     else:
         guess = total if chance.random() < HASTY_RIGHT else total + chance.choice(HASTY_ERRORS)
@@ -128,11 +146,11 @@ def demonstrate(item: Item, chance: random.Random) -> dict[str, str]:
     return {"prompt": item.question, "response": response}
 
 
-def write_demonstrations(path: Path, seen: ExcludedPrompts, seed: int) -> list[str]:
+def write_demonstrations(path: Path, seen: ExcludedPrompts, seed: int, careful_share: float) -> list[str]:
     """One demonstration for each item that the base may see. Returns their questions."""
     source = build_source(seen.source, seen.seed, "evaluation.exclude.0.source")
     chance = random.Random(seed)
-    rows = [demonstrate(source.item(index), chance) for index in range(seen.size)]
+    rows = [demonstrate(source.item(index), chance, careful_share) for index in range(seen.size)]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return [row["prompt"] for row in rows]
@@ -149,27 +167,42 @@ def _command(*arguments: str | Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, default=EXAMPLES / "tiny_base", help="folder of the finished base")
+    parser.add_argument("--recipe", type=Path, help="another base than the quickstart's: a file of examples/lab/tasks")
+    parser.add_argument("--out", type=Path, help="folder of the finished base, instead of the recipe's")
     parser.add_argument("--seed", type=int, default=1, help="of demonstrations, initial weights and data order")
     parser.add_argument("overrides", nargs="*", help="settings of the training, as key.path=value")
     arguments = parser.parse_args()
 
-    training, tasks = EXAMPLES / "tiny_base.sft.yaml", EXAMPLES / "tiny_base.eval.yaml"
-    settings = load_config(SFTConfig, training, arguments.overrides)
+    recipe = Recipe() if arguments.recipe is None else load_config(Recipe, arguments.recipe)
+    tasks = (EXAMPLES if arguments.recipe is None else arguments.recipe.parent) / recipe.task
+    out, training = arguments.out or Path(recipe.out), EXAMPLES / "tiny_base.sft.yaml"
+    changes = [f"{key}={json.dumps(value)}" for key, value in recipe.sft.items()]
+    if arguments.recipe is not None:
+        making = Path(f"{recipe.out}.making")
+        changes += [
+            f"run_dir={making / 'sft'}",
+            f"model.path={making / 'untrained'}",
+            f"demonstrations.path={making / 'demonstrations.jsonl'}",
+        ]
+    changes += arguments.overrides
+    settings = load_config(SFTConfig, training, changes)
     seen = load_config(EvaluateConfig, tasks).evaluation.exclude[0]
 
-    questions = write_demonstrations(Path(settings.demonstrations.path), seen, arguments.seed)
-    write_untrained_model(Path(settings.model.path), questions[:TOKENIZER_QUESTIONS])
-    _command("sft", training, f"seed={arguments.seed}", "overwrite=true", *arguments.overrides)
-    shutil.copytree(Path(settings.run_dir) / "checkpoint", arguments.out, dirs_exist_ok=True)
+    demonstrations = Path(settings.demonstrations.path)
+    questions = write_demonstrations(demonstrations, seen, arguments.seed, recipe.careful_share)
+    write_untrained_model(Path(settings.model.path), questions[:TOKENIZER_QUESTIONS], recipe.model)
+    _command("sft", training, *changes, f"seed={arguments.seed}", "overwrite=true")
+    shutil.copytree(Path(settings.run_dir) / "checkpoint", out, dirs_exist_ok=True)
 
     figures_file = Path(settings.run_dir) / "evaluation.json"
-    _command("eval", arguments.out, tasks, "--out", figures_file)
+    _command("eval", out, tasks, "--out", figures_file)
     accuracy = json.loads(figures_file.read_text())["accuracy"]
-    low, high = ACCURACY_RANGE
-    print(f"{arguments.out}: accuracy {accuracy:.3f} on items it has not seen (should be {low:.2f} to {high:.2f})")
+    low, high = recipe.accuracy
+    print(f"{out}: accuracy {accuracy:.3f} on items it has not seen (should be {low:.2f} to {high:.2f})")
     if not low <= accuracy <= high:
-        sys.exit(f"this base is not fit for the quickstart; try other steps in {training} or another --seed")
+        sys.exit(
+            f"this base leaves too little to learn, or to build on; try other steps in {training} or another --seed"
+        )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Train a grid of runs with and without routing replay, and say what it changed, in figures and on a page.
 
-python tools/routing_replay_ablation.py --config examples/ablations/routing_replay.yaml --out runs/routing_replay
-python tools/routing_replay_ablation.py --config examples/ablations/router_noise.yaml --out runs/router_noise --seed 1
+python tools/routing_replay_ablation.py --config examples/lab/routing_replay.yaml --out runs/routing_replay
+python tools/routing_replay_ablation.py --config examples/lab/router_noise.yaml --out runs/router_noise --seed 1
 
 The grid is one of `megatron-vespo ablate`, and is trained like it: the same command goes on where it was stopped.
 """
@@ -17,7 +17,7 @@ from rich.table import Table
 
 from megatron_vespo.cli import exit_code
 from megatron_vespo.config import AblationConfig, ConfigError, load_config, plan_runs
-from megatron_vespo.observability.comparison_charts import Variant
+from megatron_vespo.observability.comparison_grid import Variant
 from megatron_vespo.observability.routing_comparison import (
     COLUMNS,
     write_routing_comparison,

@@ -32,9 +32,13 @@ C = TypeVar("C", bound=Section)
 
 
 def load_config(
-    kind: type[C], path: str | Path, overrides: list[str] | None = None, settings: dict[str, Any] | None = None
+    kind: type[C],
+    path: str | Path,
+    overrides: list[str] | None = None,
+    settings: dict[str, Any] | None = None,
+    over: Path | None = None,
 ) -> C:
-    """Read `path` and the files it is based on, change what `settings` ({"algorithm.staleness": 8}) and then `overrides`
+    """Read `path` and the files it is based on, lay the file `over` over them, change what `settings` ({"algorithm.staleness": 8}) and then `overrides`
     ("algorithm.staleness=8"; values are YAML) say, and validate as `kind`.
 
     Raises:
@@ -42,6 +46,8 @@ def load_config(
     """
     path = Path(path)
     values = with_base(path, ())
+    if over is not None:
+        values = merged(values, with_base(over, ()))
     values = without_aliases(values)
     for key, value in (settings or {}).items():
         apply_setting(values, key, deepcopy(value))  # a later setting may change what is in it

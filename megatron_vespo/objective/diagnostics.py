@@ -22,6 +22,7 @@ QUANTILES = {
     "max": 1.0,
 }
 NEGLIGIBLE_PHI = 0.01
+FALLEN_LOG_WEIGHT = -1.0
 ALARM_LOG_WEIGHT_STD = 0.5
 
 
@@ -94,10 +95,17 @@ def _gradient(sequences: Mapping[str, Array]) -> dict[str, float]:
     before, after = advantage.mean(), per_token.mean()
     top = math.ceil(0.01 * len(moved))
     total = moved.sum()
+
+    def share(chosen: NDArray[np.bool_]) -> float:
+        return float(moved[chosen].sum() / total) if total != 0 else math.nan
+
     return {
         "gradient/ess": _share(per_token),
         "gradient/top_1pct_share": float(np.sort(moved)[-top:].sum() / total) if total != 0 else math.nan,
         "gradient/log_kept": _log(after / before) if before != 0 else math.nan,
+        "gradient/positive_share": share(sequences["advantage"] > 0),
+        "gradient/long_share": share(sequences["tokens"] > np.median(sequences["tokens"])),
+        "gradient/fallen_share": share(sequences["log_weight"] < FALLEN_LOG_WEIGHT),
     }
 
 

@@ -6,11 +6,12 @@ A run collapsed if one of these holds at its end (a run that fell and came back 
     enough. Both are smoothed: a running mean over WINDOW points, or over a quarter of the points where there are fewer
     than 4 * WINDOW, and at least one. `start` is the mean of the first half window, before smoothing can hide a fast
     fall; `best` is the largest smoothed value or the start; `end` is the last smoothed value. It fell if best - end is
-    more than LOST_SHARE of what was gained (best - start) and more than LEAST_FALL of the scale. So a base that starts
-    at 0.4 and reaches 0.9 collapsed below 0.65, and one that learned nothing collapsed below about 0.2.
+    more than LOST_SHARE of what was gained (best - start) and more than LEAST_FALL of the scale, so a base that starts
+    at 0.4 and reaches 0.9 collapsed below 0.65, and one that learned nothing below about 0.2; or if best - end is more
+    than LOST_SHARE of best itself (where nothing is ever negative) and more than NOISE of the scale: 0.3 that became 0.14.
     The scale is 1 for a right-or-wrong reward: twice the largest standard deviation seen, which is what makes the rule
     the same for rewards of -1 and 1. With fewer than 2 points nothing is said.
-    LEAST_FALL keeps noise out: in simulated runs of 40 to 480 batches of 16 prompts with 8 responses, without any
+    LEAST_FALL and NOISE keep noise out: in simulated runs of 40 to 480 batches of 16 prompts with 8 responses, without any
     trend, the rule held in at most 2 of 1,000 (with 12 such batches in 17 of 1,000).
 (b) Its entropy ran away: the mean of -log mu, by rollout batch and smoothed in the same way, ends above
     ENTROPY_GROWTH times that of the first batch and above HIGH_ENTROPY nats; or below LOW_ENTROPY nats while success
@@ -30,6 +31,7 @@ from megatron_vespo.observability.run_folder import RunFolder, column
 WINDOW = 8
 LOST_SHARE = 0.5
 LEAST_FALL = 0.2
+NOISE = 0.05
 FALLING = 0.1
 ENTROPY_GROWTH = 4.0
 HIGH_ENTROPY = 0.5
@@ -47,7 +49,7 @@ def collapse(run: RunFolder) -> str | None:
     reasons = [
         f"{course.name} fell from {course.best:.2f} to {course.end:.2f}, having started at {course.start:.2f}"
         for course in courses
-        if course.fall > max(LOST_SHARE * (course.best - course.start), LEAST_FALL * course.scale)
+        if course.fell
     ]
     falling = any(course.fall > FALLING * course.scale for course in courses)
     reasons += [reason for reason in (_entropy(run, falling), _length(run, falling)) if reason]
@@ -133,17 +135,25 @@ def last_mini_batches(run: RunFolder, name: str) -> Points:
 
 @dataclass(frozen=True)
 class _Course:
-    """How a measure of success went. `scale`: the distance between wrong and right, in its units."""
+    """How a measure of success went. `least`: the smallest value, not smoothed. `scale`: the distance between wrong
+    and right, in its units."""
 
     name: str
     start: float
     best: float
     end: float
+    least: float
     scale: float
 
     @property
     def fall(self) -> float:
         return self.best - self.end
+
+    @property
+    def fell(self) -> bool:
+        of_gain = max(LOST_SHARE * (self.best - self.start), LEAST_FALL * self.scale)
+        of_best = max(LOST_SHARE * self.best, NOISE * self.scale)
+        return self.fall > of_gain or (self.least >= 0 and self.fall > of_best)
 
 
 def _courses(run: RunFolder) -> list[_Course]:
@@ -157,7 +167,7 @@ def _courses(run: RunFolder) -> list[_Course]:
         if len(values) >= 2:
             half, means = (_window(values) + 1) // 2, smoothed(values)
             start = sum(values[:half]) / half
-            courses.append(_Course(name, start, max(start, *means), means[-1], 2 * deviation or 1.0))
+            courses.append(_Course(name, start, max(start, *means), means[-1], min(values), 2 * deviation or 1.0))
     return courses
 
 

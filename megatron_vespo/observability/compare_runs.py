@@ -6,7 +6,7 @@ from pathlib import Path
 
 from megatron_vespo.config import ConfigError
 from megatron_vespo.observability.comparison import NOT_COMPARED, write_comparison
-from megatron_vespo.observability.comparison_charts import Variant
+from megatron_vespo.observability.comparison_grid import Variant
 from megatron_vespo.observability.run_folder import RunFolder, read_run
 
 PAGE = "comparison.html"

@@ -29,13 +29,18 @@ from megatron_vespo.observability.collapse import (
 )
 from megatron_vespo.observability.comparison_charts import (
     CORRECTION,
-    FEW,
     LEARNING,
-    Variant,
     colour_of,
     cost,
     draw,
     palette,
+)
+from megatron_vespo.observability.comparison_grid import (
+    FEW,
+    Variant,
+    arranged,
+    grid_table,
+    last_of,
 )
 from megatron_vespo.observability.report_charts import Figure
 from megatron_vespo.observability.run_folder import RunFolder, column
@@ -87,7 +92,7 @@ def write_comparison(path: str | Path, title: str, variants: Sequence[Variant], 
     if not any(variant.runs for variant in variants):
         raise ConfigError(f"{path}: no run to compare. Give the folders of at least one run")
     path = Path(path)
-    rows = comparison_rows(variants)
+    rows, arrangement = comparison_rows(variants), arranged(variants)
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string((HERE / "comparison.html").read_text(encoding="utf-8"))
     page = template.render(
@@ -96,7 +101,9 @@ def write_comparison(path: str | Path, title: str, variants: Sequence[Variant], 
         css=Markup((HERE / "report.css").read_text(encoding="utf-8")),
         script=Markup((HERE / "report.js").read_text(encoding="utf-8")),
         subtitle=_subtitle(variants),
-        palette=palette(variants),
+        palette=palette(len(arrangement.lines)),
+        legend=[(colour_of(index), line) for index, line in enumerate(arrangement.lines)],
+        heat=_heat(rows),
         columns=[column for column in COLUMNS if column[0] not in ROUTING or any(row[column[0]]["n"] for row in rows)],
         table=_table(rows, variants, path.parent),
         unfolded=len(variants) <= FEW,
@@ -117,17 +124,20 @@ def comparison_rows(variants: Sequence[Variant]) -> list[dict[str, Any]]:
     """The comparison as plain data that JSON can hold: one row a variant, in their order.
 
     Returns:
-        For each variant `name`, `seeds` (how many runs), `finished`, `collapsed` (how many of them), for each name of
-        MEASURED a mapping of `mean`, `min`, `max` and `n` (runs that have the number; None and 0 where none has; those
-        of COSTS are of finished runs, since a run that stopped early looks cheap), and
-        `runs`: for each run its folder's name, `seed`, `status`, `steps`, `planned_steps`, `collapsed` (the reason or
-        None), `accuracy_latest` and `accuracy_latest_step`, and the number itself for each name of MEASURED.
+        For each variant `name`, `method` and `point` (of a grid: its variant's name and its values), `seeds` (how many
+        runs), `finished`, `collapsed` (how many of them), for each name of MEASURED a mapping of `mean`, `min`, `max` and
+        `n` (runs that have the number; None and 0 where none has; those of COSTS are of finished runs, since a run that
+        stopped early looks cheap), and `runs`: for each run its folder's name, `seed`, `status`, `steps`,
+        `planned_steps`, `collapsed` (the reason or None), `accuracy_latest` and `accuracy_latest_step`,
+        `accuracy_over_steps` ([step, accuracy] of each evaluation), and the number itself for each name of MEASURED.
     """
     rows = []
     for variant in variants:
         runs = [_run_row(run) for run in variant.runs]
         row: dict[str, Any] = {
             "name": variant.name,
+            "method": variant.method or variant.name,
+            "point": dict(variant.point),
             "seeds": len(runs),
             "finished": sum(run["status"] == "finished" for run in runs),
             "collapsed": sum(run["collapsed"] is not None for run in runs),
@@ -156,6 +166,7 @@ def _run_row(run: RunFolder) -> dict[str, Any]:
         "accuracy_best": best_accuracy(run),
         "accuracy_latest": latest,
         "accuracy_latest_step": latest_step,
+        "accuracy_over_steps": [list(evaluation) for evaluation in evaluations],
         "log_weight_std": _median(run, "log_weight/std"),
         "ess": _median(run, "ess"),
         "response_length": _at_end(run, "response/length_mean"),
@@ -295,16 +306,44 @@ def _collapsed(rows: Sequence[dict[str, Any]]) -> list[tuple[str, str, list[str]
     ]
 
 
+def _heat(rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """Accuracy after training of methods by values, as texts with a strength of colour, 0 to 1; None without a grid."""
+    table = grid_table(rows)
+    if table is None:
+        return None
+    means = [row["accuracy_final"]["mean"] for row in rows if row["accuracy_final"]["n"]]
+    low, high = (min(means), max(means)) if means else (0.0, 1.0)
+    lines = []
+    for name, at in table.lines:
+        there = [row["accuracy_final"]["mean"] for row in at if row is not None and row["accuracy_final"]["n"]]
+        cells = []
+        for row in at:
+            mean, below = _cell(row["accuracy_final"], row["seeds"], _percent) if row is not None else (NOT_SET, "")
+            value = None if row is None else row["accuracy_final"]["mean"]
+            cells.append(
+                {
+                    "mean": mean,
+                    "below": below,
+                    "collapsed": f"{row['collapsed']} of {row['seeds']} collapsed" if row and row["collapsed"] else "",
+                    "strength": 0.0 if value is None or high == low else (value - low) / (high - low),
+                    "best": len(there) > 1 and value == max(there),
+                }
+            )
+        lines.append((name, cells))
+    return {"axis": last_of(table.axis), "columns": table.columns, "lines": lines}
+
+
 def _table(rows: Sequence[dict[str, Any]], variants: Sequence[Variant], page_folder: Path) -> list[dict[str, Any]]:
     """The table as texts: a line a variant, with the lines of its runs."""
     place = _scale(rows)
     table = []
-    for index, (row, variant) in enumerate(zip(rows, variants, strict=True)):
+    arrangement = arranged(variants)
+    for row, variant in zip(rows, variants, strict=True):
         finals = [run["accuracy_final"] for run in row["runs"] if run["accuracy_final"] is not None]
         table.append(
             {
                 "name": row["name"],
-                "colour": colour_of(index),
+                "colour": colour_of(arrangement.line_of(variant)),
                 "seeds": row["seeds"],
                 "finished": row["finished"],
                 "collapsed": row["collapsed"],

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 
 from megatron_vespo.observability.charts import Plot, linear_axis, log_axis, percent, short
@@ -14,15 +14,15 @@ from megatron_vespo.observability.collapse import (
     status,
     wall_seconds,
 )
+from megatron_vespo.observability.comparison_grid import FEW, Panel, Variant, arranged
 from megatron_vespo.observability.report_charts import STEPS, Figure, step_axis
 from megatron_vespo.observability.run_folder import RunFolder, column
 from megatron_vespo.observability.time_charts import PARTS, batch_times
 
 MOST_POINTS = 120
 HEIGHT = 270
+PANEL_HEIGHT = 190
 THIN = "stroke-width:1px;opacity:0.5"
-FEW = 4
-"""Up to so many variants, single runs are shown from the start, in the charts and in the table."""
 REST = "start-up and the rest"
 PHASES = (*PARTS, ("evaluate", "red"), (REST, "grid-strong"))
 
@@ -41,14 +41,6 @@ PALETTE = (
     ("#ee8f77", "#c4573c"),
 )
 """(light, dark) colour of each variant; a thirteenth starts again, dashed."""
-
-
-@dataclass(frozen=True)
-class Variant:
-    """Runs that differ in nothing but the seed, and what they are called together."""
-
-    name: str
-    runs: list[RunFolder]
 
 
 @dataclass(frozen=True)
@@ -84,13 +76,13 @@ class Measure:
 
 
 def colour_of(index: int) -> str:
-    """The CSS variable of a variant's colour, by its place among the variants."""
+    """The CSS variable of a line's colour, by its place in the legend."""
     return f"variant{index}"
 
 
-def palette(variants: Sequence[Variant]) -> list[tuple[str, str, str]]:
-    """(variable, light, dark) for each variant."""
-    return [(colour_of(index), *PALETTE[index % len(PALETTE)]) for index in range(len(variants))]
+def palette(lines: int) -> list[tuple[str, str, str]]:
+    """(variable, light, dark) for each of so many lines."""
+    return [(colour_of(index), *PALETTE[index % len(PALETTE)]) for index in range(lines)]
 
 
 def spreads(runs: Sequence[Points]) -> list[Spread]:
@@ -144,33 +136,48 @@ class VariantPlot(Plot):
 
 
 def draw(measure: Measure, variants: Sequence[Variant]) -> Figure | None:
-    """One measurement of all variants over steps, or None where no run has it."""
-    read = [[measure.read(run) for run in variant.runs] for variant in variants]
-    steps = {step for runs in read for run in runs for step, _ in run}
+    """One measurement of all variants over steps, in the panels of `arranged`, or None where no run has it."""
+    panels = arranged(variants).panels
+    read = [[[measure.read(run) for run in variant.runs] for variant in panel.variants] for panel in panels]
+    steps = {step for panel in read for runs in panel for run in runs for step, _ in run}
     if not steps:
         return None
     x = linear_axis([0.0, *(step_axis(run).high for variant in variants for run in variant.runs)], STEPS, exact=True)
     width = math.ceil(x.high / MOST_POINTS) if len(steps) > MOST_POINTS else 1
-    read = [[thinned(run, width) for run in runs] for runs in read]
-    lines = [spreads(runs) for runs in read]
-    heights = [height for line in lines for point in line for height in (point.low, point.high)]
+    read = [[[thinned(run, width) for run in runs] for runs in panel] for panel in read]
+    heights = [
+        height for panel in read for runs in panel for point in spreads(runs) for height in (point.low, point.high)
+    ]
     if measure.log:
         y = log_axis(heights, measure.label)
     else:
         y = linear_axis(heights, measure.label, include=measure.include, form=measure.form)
-    plot = VariantPlot(x, y, f"{measure.title} over steps", HEIGHT, form=measure.form)
+    caption = measure.caption + (f" Each point is a mean over {width} steps." if width > 1 else "")
+    if len(panels) == 1:
+        plot = VariantPlot(x, y, f"{measure.title} over steps", HEIGHT, form=measure.form)
+        return Figure(measure.name, measure.title, caption, _panel(plot, measure, panels[0], read[0]))
+    body = ""
+    for panel, measured in zip(panels, read, strict=True):
+        name = f"{measure.title} over steps, {panel.title}"
+        plot = VariantPlot(x, replace(y, label=panel.title), name, PANEL_HEIGHT, form=measure.form)
+        body += _panel(plot, measure, panel, measured)
+    body = f'<div class="head"><span>{escape(y.label)}</span></div><div class="panels">{body}</div>'
+    return Figure(measure.name, measure.title, caption, body, wide=True)
+
+
+def _panel(plot: VariantPlot, measure: Measure, panel: Panel, read: Sequence[Sequence[Points]]) -> str:
     if measure.level is not None:
         plot.level(measure.level)
-    for index, (variant, line) in enumerate(zip(variants, lines, strict=True)):
-        colour, dashed = colour_of(index), index >= len(PALETTE)
-        if len(variant.runs) > 1 and len(variants) <= FEW:
-            for run in read[index]:
+    for variant, place, runs in zip(panel.variants, panel.lines, read, strict=True):
+        colour, dashed = colour_of(place), place >= len(PALETTE)
+        if len(variant.runs) > 1 and len(panel.variants) <= FEW:
+            for run in runs:
                 plot.single_run(run, colour)
-        plot.variant(variant.name, colour, line, len(variant.runs), dashed, measure.dots)
-        ends = _ends(variant, read[index])
+        name = variant.method if panel.title else variant.name
+        plot.variant(name, colour, spreads(runs), len(variant.runs), dashed, measure.dots)
+        ends = _ends(variant, runs)
         plot.dots("", [step for step, _ in ends], [value for _, value in ends], colour, size=10)
-    caption = measure.caption + (f" Each point is a mean over {width} steps." if width > 1 else "")
-    return Figure(measure.name, measure.title, caption, plot.html())
+    return plot.html()
 
 
 def _ends(variant: Variant, read: Sequence[Points]) -> Points:
@@ -191,21 +198,21 @@ def seconds_by_phase(run: RunFolder) -> list[float]:
 
 def cost(variants: Sequence[Variant]) -> Figure | None:
     """A bar a variant: seconds by phase, mean over its finished runs, or over all of them if none finished."""
-    bars = []
-    for index, variant in enumerate(variants):
+    arrangement, bars = arranged(variants), []
+    for variant in variants:
         finished = [run for run in variant.runs if status(run) == "finished"]
         runs = finished or variant.runs
         each = [seconds_by_phase(run) for run in runs]
         if each:
             means = [sum(parts) / len(each) for parts in zip(*each, strict=True)]
-            bars.append((index, means, _runs_in_words(len(runs), len(variant.runs), bool(finished))))
+            bars.append((variant, means, _runs_in_words(len(runs), len(variant.runs), bool(finished))))
     longest = max((sum(means) for _, means, _ in bars), default=0.0)
     if not longest:
         return None
     body = "".join(
-        f'<div class="cost"><span>{key(index)}{escape(variants[index].name)}</span>'
+        f'<div class="cost"><span>{key(arrangement.line_of(variant))}{escape(variant.name)}</span>'
         f"<div>{_bar(means, longest)}</div><small>{sum(means):,.0f} s, {words}</small></div>"
-        for index, means, words in bars
+        for variant, means, words in bars
     )
     legend = "".join(
         f'<li><i class="key bar" style="--key:var(--{colour})"></i>{escape(name)}</li>' for name, colour in PHASES
@@ -316,5 +323,26 @@ CORRECTION = (
         label="share of trajectories",
         form=percent,
         include=(0.0,),
+    ),
+    Measure(
+        "kept",
+        "Gradient that the kernel lets through",
+        "log(mean of abs(phi A) / mean of abs(A)) at the last mini-batch of each rollout batch. Healthy between -0.5 and 0.2; "
+        "below -1.5 the gradient is starved: few trajectories make the step.",
+        lambda run: last_mini_batches(run, "gradient/log_kept"),
+        label="log of the share",
+        include=(0.0,),
+        level=0.0,
+    ),
+    Measure(
+        "sides",
+        "Gradient of good responses",
+        "Share of abs(phi A), summed over tokens, that is in trajectories with an advantage above 0, at the last mini-batch "
+        "of each rollout batch. Near 0 a step only drives out what is bad.",
+        lambda run: last_mini_batches(run, "gradient/positive_share"),
+        label="share of the gradient",
+        form=percent,
+        include=(0.0, 1.0),
+        level=0.5,
     ),
 )

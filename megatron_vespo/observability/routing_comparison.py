@@ -14,7 +14,8 @@ from megatron_vespo.config import ConfigError
 from megatron_vespo.observability.charts import percent
 from megatron_vespo.observability.collapse import points
 from megatron_vespo.observability.comparison import NOT_SET, comparison_rows
-from megatron_vespo.observability.comparison_charts import Variant, colour_of, palette, three_digits
+from megatron_vespo.observability.comparison_charts import colour_of, palette, three_digits
+from megatron_vespo.observability.comparison_grid import Variant
 from megatron_vespo.observability.routing_comparison_charts import (
     MODES,
     Group,
@@ -129,7 +130,7 @@ def write_routing_comparison(path: str | Path, title: str, variants: Sequence[Va
         more=more,
         css=Markup((HERE / "report.css").read_text(encoding="utf-8")),
         script=Markup((HERE / "report.js").read_text(encoding="utf-8")),
-        palette=palette([Variant(mode, []) for mode in MODES]),
+        palette=palette(len(MODES)),
         modes=[(mode, colour_of(index)) for index, mode in enumerate(MODES) if any(mode in g.by_mode for g in groups)],
         columns=COLUMNS,
         table=_table(routing_rows(variants), groups),

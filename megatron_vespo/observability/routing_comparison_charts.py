@@ -11,13 +11,13 @@ from megatron_vespo.observability.comparison_charts import (
     LEARNING,
     Measure,
     Spread,
-    Variant,
     VariantPlot,
     colour_of,
     draw,
     spreads,
     three_digits,
 )
+from megatron_vespo.observability.comparison_grid import Variant
 from megatron_vespo.observability.report_charts import STEPS, Figure, step_axis
 from megatron_vespo.observability.run_folder import RunFolder
 

@@ -11,7 +11,8 @@ from rich.console import Console
 
 from megatron_vespo.config import PlannedRun
 from megatron_vespo.errors import ConfigError, RunError
-from megatron_vespo.observability.comparison import Variant, comparison_rows, write_comparison
+from megatron_vespo.observability.comparison import comparison_rows, write_comparison
+from megatron_vespo.observability.comparison_grid import Variant
 from megatron_vespo.observability.console import RunConsole
 from megatron_vespo.observability.run_folder import read_run
 from megatron_vespo.orchestration.cluster import interface_of
@@ -156,7 +157,14 @@ def compare(title: str, planned: list[PlannedRun], out: Path, also: Also | None)
 
 
 def _variants(planned: list[PlannedRun]) -> list[Variant]:
-    names = list(dict.fromkeys(run.variant for run in planned))
-    begun = [run for run in planned if (Path(run.config.run_dir) / "metrics.jsonl").exists()]
-    found = {name: [read_run(run.config.run_dir) for run in begun if run.variant == name] for name in names}
-    return [Variant(name, runs) for name, runs in found.items() if runs]
+    begun: dict[str, list[PlannedRun]] = {}
+    for run in planned:
+        if (Path(run.config.run_dir) / "metrics.jsonl").exists():
+            begun.setdefault(run.variant, []).append(run)
+    names = dict.fromkeys(run.variant for run in planned if run.variant in begun)
+    return [
+        Variant(
+            name, [read_run(run.config.run_dir) for run in begun[name]], begun[name][0].method, begun[name][0].point
+        )
+        for name in names
+    ]

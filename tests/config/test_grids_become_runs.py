@@ -55,6 +55,29 @@ def test_every_variant_meets_every_value_and_every_seed(folder):
     assert runs[0].config.run_dir == str(folder / "out" / "vespo_staleness=1" / "seed_1")
 
 
+def test_a_variant_may_have_values_of_its_own(folder):
+    text = GRID.replace("  vespo: {}", "  vespo: {grid: {algorithm.staleness: [2], rollout.group_size: [4, 16]}}")
+    runs = planned(folder, text.replace("seeds: [1, 7]", "seeds: [1]"))
+    assert [(run.method, dict(run.point)) for run in runs] == [
+        ("vespo", {"algorithm.staleness": "2", "rollout.group_size": "4"}),
+        ("vespo", {"algorithm.staleness": "2", "rollout.group_size": "16"}),
+        ("grpo", {"algorithm.staleness": "1"}),
+        ("grpo", {"algorithm.staleness": "16"}),
+    ]
+    assert [run.config.rollout.group_size for run in runs] == [4, 16, 8, 8]
+
+
+def test_a_file_is_laid_over_configurations_and_under_what_the_grid_sets(folder):
+    (folder / "big.yaml").write_text("rollout: {group_size: 32}\nalgorithm: {steps: 4, prompts_per_step: 5}\n")
+    file = folder / "grid.yaml"
+    runs = plan_runs(load_config(AblationConfig, file), file, folder / "out", over=folder / "big.yaml")
+    assert {run.config.rollout.group_size for run in runs} == {32}
+    assert {run.config.algorithm.prompts_per_step for run in runs} == {5}
+    assert {run.config.algorithm.steps for run in runs} == {64}
+    with pytest.raises(ConfigError, match=r"small.yaml: no such configuration file"):
+        plan_runs(load_config(AblationConfig, file), file, folder / "out", over=folder / "small.yaml")
+
+
 def test_a_bare_off_is_called_off(folder):
     """YAML reads it as false."""
     runs = planned(folder, GRID.replace("algorithm.staleness: [1, 16]", "routing.replay: [off, R3]"))
@@ -94,6 +117,8 @@ def test_a_variant_may_start_from_a_file_of_its_own(folder):
         ("seeds: [1, 7]", "seeds: [1, 1]", "seeds: a seed occurs twice"),
         ("{algorithm.steps: 64}", "{seed: 3}", "set.seed: decided by the grid itself"),
         ("[1, 16]", "[]", "grid.algorithm.staleness: no values"),
+        ("vespo: {}", "vespo: {grid: {algorithm.staleness: []}}", "variants.vespo.grid.algorithm.staleness: no values"),
+        ("vespo: {}", "vespo: {grid: {seed: [1]}}", "variants.vespo.grid.seed: decided by the grid itself"),
         ("  vespo: {}\n", "  a/b: {}\n  a b: {}\n", "would share a folder"),
         ("title: Two by two\n", "", "title: required"),
     ],

@@ -40,7 +40,9 @@ def test_bad_rows_are_named(tokenizer, tmp_path, row, message):
 
 def test_the_careful_demonstrator_is_right_and_the_hasty_one_seldom(make_tiny_base, chain_sum, tmp_path):
     path = tmp_path / "d.jsonl"
-    make_tiny_base.write_demonstrations(path, ExcludedPrompts(source=chain_sum, seed=11, size=2000), seed=1)
+    make_tiny_base.write_demonstrations(
+        path, ExcludedPrompts(source=chain_sum, seed=11, size=2000), seed=1, careful_share=0.35
+    )
     careful, hasty = [], []
     for line in path.read_text().splitlines():
         row = json.loads(line)
@@ -57,7 +59,7 @@ def test_the_careful_demonstrator_is_right_and_the_hasty_one_seldom(make_tiny_ba
 def test_demonstrations_repeat_with_their_seed(make_tiny_base, chain_sum, tmp_path):
     seen = ExcludedPrompts(source=chain_sum, seed=11, size=100)
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        make_tiny_base.write_demonstrations(tmp_path / name, seen, seed)
+        make_tiny_base.write_demonstrations(tmp_path / name, seen, seed, 0.35)
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes() != (tmp_path / "c").read_bytes()
 
 

@@ -70,6 +70,21 @@ def test_how_the_gradient_is_spread():
     assert row["gradient/ess"] == pytest.approx(sum(pulls) ** 2 / len(pulls) / sum(p * p for p in pulls), rel=1e-5)
 
 
+def test_who_has_the_gradient():
+    row, data = step()
+    known = trajectories(data)
+    middle = statistics.median(k[3] for k in known)
+    chosen = {
+        "positive": [k for k in known if k[2] > 0],
+        "long": [k for k in known if k[3] > middle],
+        "fallen": [k for k in known if k[0] < -1],
+    }
+    total = sum(abs(phi * advantage) * tokens for _, phi, advantage, tokens in known)
+    for name, some in chosen.items():
+        mass = sum(abs(phi * advantage) * tokens for _, phi, advantage, tokens in some)
+        assert row[f"gradient/{name}_share"] == pytest.approx(mass / total, rel=1e-4) and 0 < mass < total
+
+
 def test_a_length_bias_is_a_correlation():
     row, data = step()
     known = trajectories(data)

@@ -90,6 +90,7 @@ def step_row(batch: int, age: int) -> dict:
         "gradient/log_kept": -0.1,
         "gradient/ess": 0.7,
         "gradient/top_1pct_share": 0.05,
+        **{f"gradient/{name}_share": 0.5 for name in ("positive", "long", "fallen")},
         "variance/kernel": 0.9,
         "variance/importance": 1.1,
         "variance/bound": 1.5,

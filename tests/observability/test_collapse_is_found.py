@@ -70,6 +70,17 @@ def test_a_run_that_gained_nothing_collapsed_if_it_lost_a_fifth_of_the_scale(end
     assert (collapse(run_of(levels((20, 0.4), (20, end)))) is not None) == collapsed
 
 
+@pytest.mark.parametrize(("end", "collapsed"), [(0.16, False), (0.14, True)])
+def test_a_run_that_lost_more_than_half_of_its_best_collapsed_however_low_that_is(end, collapsed):
+    """0.3 is the best: below 0.15 more than half of it is lost, although that is less than a fifth of the scale."""
+    assert (collapse(run_of(levels((10, 0.1), (10, 0.3), (10, end)))) is not None) == collapsed
+
+
+def test_half_of_next_to_nothing_is_noise_and_half_of_a_debt_means_nothing():
+    assert collapse(run_of(levels((10, 0.02), (10, 0.06), (10, 0.02)))) is None
+    assert collapse(run_of(levels((10, -0.9), (10, 0.1), (10, -0.05)))) is None
+
+
 def test_a_run_that_came_back_did_not_collapse():
     assert collapse(run_of(levels((10, 0.4), (10, 0.9), (10, 0.0), (10, 0.9)))) is None
 

@@ -11,7 +11,6 @@ from small_run import BATCHES, CONFIG, HOSTILE, STALENESS, evaluation_row, run_r
 
 from megatron_vespo.config import ConfigError
 from megatron_vespo.observability.comparison import (
-    Variant,
     comparison_rows,
     config_differences,
     mixed_settings,
@@ -26,12 +25,25 @@ from megatron_vespo.observability.comparison_charts import (
     spreads,
     thinned,
 )
+from megatron_vespo.observability.comparison_grid import Variant
 from megatron_vespo.observability.run_folder import RunFolder, read_run
 from megatron_vespo.observability.sinks import JsonlSink, Metrics
 from megatron_vespo.observability.summary import write_summary
 
 STEPS = STALENESS * BATCHES
-CHARTS = ["accuracy", "reward", "length", "entropy", "log-weight-std", "sample-size", "phi", "dead", "cost"]
+CHARTS = [
+    "accuracy",
+    "reward",
+    "length",
+    "entropy",
+    "log-weight-std",
+    "sample-size",
+    "phi",
+    "dead",
+    "kept",
+    "sides",
+    "cost",
+]
 
 
 def make_run(
@@ -331,7 +343,7 @@ def test_a_browser_shows_the_page_without_an_error(variants, tmp_path, width):
     )
     assert seen["width"] == width and seen["overflow"] <= 0
     assert seen["readable"]["texts"] > 50 and not seen["readable"]["small"] and not seen["readable"]["clashes"]
-    assert seen["areas"] == seen["drawn"] == 8
+    assert seen["areas"] == seen["drawn"] == 10
     assert set(seen["before"]) == {3} and set(seen["hidden"]) == {2}
     assert seen["faded"] and seen["restored"]
     assert seen["folded"] == 3

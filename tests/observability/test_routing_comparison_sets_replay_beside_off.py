@@ -9,7 +9,7 @@ import pytest
 from small_run import HOSTILE
 
 from megatron_vespo.config import ConfigError
-from megatron_vespo.observability.comparison_charts import Variant
+from megatron_vespo.observability.comparison_grid import Variant
 from megatron_vespo.observability.routing_comparison import (
     MEASURED,
     routing_figures,

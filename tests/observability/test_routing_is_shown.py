@@ -10,7 +10,8 @@ from rich.console import Console
 from small_run import CONFIG, rollout_row, routes_of_rollout, routes_of_step, step_row
 
 from megatron_vespo.observability.charts import Axis, Plot, Ramp
-from megatron_vespo.observability.comparison import Variant, comparison_rows, write_comparison
+from megatron_vespo.observability.comparison import comparison_rows, write_comparison
+from megatron_vespo.observability.comparison_grid import Variant
 from megatron_vespo.observability.console import RunConsole
 from megatron_vespo.observability.findings import findings
 from megatron_vespo.observability.report import write_report

@@ -155,7 +155,7 @@ def test_bad_input_is_named_and_nothing_starts(tmp_path, change, arguments, said
 
 
 def test_the_example_grids_are_what_they_say():
-    file = EXAMPLES / "ablations" / "routing_replay.yaml"
+    file = EXAMPLES / "lab" / "routing_replay.yaml"
     runs = plan_runs(load_config(AblationConfig, file), file, Path("out"))
     assert len(runs) == 2 * 2 * 3 * 3 and all(run.config.routing.engine_records for run in runs)
     for run in runs:
@@ -164,7 +164,7 @@ def test_the_example_grids_are_what_they_say():
         assert run.config.model.dtype == "float32"
         assert (run.config.rollout.engine.dtype == "bfloat16") == (engine == "mismatched engine")
         assert f"replay={run.config.routing.replay}" == replay
-    file = EXAMPLES / "ablations" / "router_noise.yaml"
+    file = EXAMPLES / "lab" / "router_noise.yaml"
     runs = plan_runs(load_config(AblationConfig, file), file, Path("out"))
     noises = {(run.config.rollout.engine.router_noise, run.config.routing.replay) for run in runs if run.seed == 1}
     assert len(noises) == 9 * 2 and {run.config.routing.replay for run in runs} == {"off", "R3"}
