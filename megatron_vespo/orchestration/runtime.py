@@ -20,7 +20,7 @@ from megatron_vespo.observability.status import DRIVER
 from megatron_vespo.orchestration.attached_cluster import AttachedCluster
 from megatron_vespo.orchestration.cluster import LocalCluster
 from megatron_vespo.orchestration.hosts import Host
-from megatron_vespo.orchestration.placement import place
+from megatron_vespo.orchestration.places import Places
 from megatron_vespo.orchestration.stacks import ANSWER_SECONDS, Found, collect_run, in_few_words
 from megatron_vespo.orchestration.status_file import StatusFile
 from megatron_vespo.orchestration.supervision import Supervisor, Wait, describe_waits
@@ -70,11 +70,13 @@ class Runtime:
         """The folder where the run's processes on this host make themselves known (`presence`)."""
         return self.here.parts
 
-    def place(self, ranks: int, engines: int, engine_gpus: int) -> tuple[list[Host], list[Host]]:
-        """The host of each of the trainer's ranks, and of each engine. `engine_gpus`, and what is raised, as in `place`."""
-        hosts = self._cluster.hosts
-        placed = place(self._settings, [host.gpus for host in hosts], ranks, engines, engine_gpus)
-        return [hosts[node] for node in placed.ranks], [hosts[node] for node in placed.engines]
+    def place(self, ranks: int, engines: int, engine_gpus: int) -> Places:
+        """Of the trainer's ranks, and of engines, on the run's hosts. `engine_gpus`, and what is raised, as in `place`."""
+        return Places(self._settings, self._cluster.hosts, ranks, engines, engine_gpus, self._forget)
+
+    def _forget(self, host: Host) -> None:
+        """It is lost; nothing is asked of it any more."""
+        self._cluster.hosts.remove(host)
 
     async def __aenter__(self) -> Self:
         try:
