@@ -24,6 +24,9 @@ PR_SET_CHILD_SUBREAPER = 36
 LOOK_SECONDS = 5.0
 """How often it is noted which shared memory is in use."""
 POLL_SECONDS = 0.1
+HEAD_ATTEMPTS = 600
+"""Of a node to reach its head, a second or two apart. Ray's own 20 are too few where the head's files come slowly; how long
+nodes may take to come is for whoever waits for them (`cluster.start_timeout_seconds`), and ends this process."""
 LONGEST_SCRATCH = 40
 """Sockets lie deep in it, and their paths have at most 107 characters."""
 
@@ -67,6 +70,8 @@ def run(options: argparse.Namespace) -> int:
     if asked:
         return 0
     print(f"Ray on this node ended by itself, with exit code {ray.returncode}", file=sys.stderr)
+    if options.then:
+        subprocess.run(["bash", "-c", options.then])
     return 1
 
 
@@ -92,6 +97,7 @@ def command(options: argparse.Namespace) -> list[str]:
 def environment(options: argparse.Namespace, scratch: Path) -> dict[str, str]:
     """Of Ray's processes, which hand it on to the run's actors."""
     own = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": options.token_file, "TMPDIR": str(scratch)}
+    own["RAY_NUM_REDIS_GET_RETRIES"] = str(HEAD_ATTEMPTS)
     # This package's own setting is for a Ray on loopback.
     own["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "1"
     return {name: value for name, value in os.environ.items() if name != "RAY_AUTH_TOKEN"} | own
@@ -106,6 +112,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--name", required=True, help="what the run calls this node")
     parser.add_argument("--scratch", required=True, help="a folder of this node, made anew, and gone at the end")
     parser.add_argument("--token-file", required=True)
+    parser.add_argument("--then", help="a line for bash, run when Ray has ended by itself, as it does without its head")
     parser.add_argument("--object-store-bytes", type=int, help="default: Ray's, a share of the node's memory")
     return parser.parse_args()
 

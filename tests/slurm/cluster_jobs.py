@@ -2,14 +2,19 @@
 
 import importlib.util
 import re
+import shutil
+import signal
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from os import environ
 from pathlib import Path
 
 import psutil
+import pytest
 
 ROOT = Path(__file__).parents[2]
 DEADLINE_SECONDS = 900.0
@@ -107,3 +112,22 @@ class Cluster:
             if self.sandbox.process(node) is None:
                 slurm_sandbox.boot_node(self.sandbox, node)
         until(lambda: all(self.sandbox.state_of(node) == "idle" for node in self.nodes), "all nodes are idle")
+
+
+@contextmanager
+def running_cluster(nodes: int) -> Iterator[Cluster]:
+    """node1 and so on, each with 8 GPUs and 8 processors as the scheduler counts them; gone at the end, after SIGTERM too."""
+    if lacking := slurm_sandbox.missing():
+        pytest.skip(f"Slurm is not installed ({', '.join(lacking)}): `make slurm-deps` as root")
+    # Its path is short, since sockets are made below it; pytest's own folders are not.
+    folder = Path(tempfile.mkdtemp(prefix="sb-"))
+    former = signal.signal(signal.SIGTERM, lambda *_: pytest.exit("SIGTERM", returncode=128 + signal.SIGTERM))
+    try:
+        sandbox = slurm_sandbox.start_sandbox(folder / "box", nodes)
+        try:
+            yield Cluster(sandbox)
+        finally:
+            slurm_sandbox.stop_sandbox(sandbox)
+    finally:
+        shutil.rmtree(folder)
+        signal.signal(signal.SIGTERM, former)
