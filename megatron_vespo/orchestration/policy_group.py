@@ -72,7 +72,7 @@ class PolicyGroup:
     def __init__(self, runtime: Runtime, gpus_per_rank: int, places: Places) -> None:
         """Starts the processes; there is a model once `build` was awaited."""
         self._supervisor = runtime.supervisor
-        self._places = places
+        self._placement = places
         self._hosts = places.ranks
         self._gpus_per_rank = gpus_per_rank
         self._recover: Callable[[PolicyLost], Awaitable[None]] | None = None
@@ -128,7 +128,7 @@ class PolicyGroup:
 
     async def find_room(self) -> None:
         """For the next `restart`, on the hosts that are left. Raises RunFailed where there is not enough."""
-        await self._places.look()
+        await self._placement.look()
 
     async def restart(self) -> None:
         """New processes in place of all that there were, alive or not, with the model as it was built at first.
@@ -136,7 +136,7 @@ class PolicyGroup:
         They come when Ray has freed the room of the old ones, which it ends by force where they stand still.
         """
         await self.stop()
-        self._hosts = self._places.ranks
+        self._hosts = self._placement.ranks
         self._start()
         await self.build(*self._built_as)
 
