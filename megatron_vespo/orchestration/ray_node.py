@@ -1,7 +1,7 @@
 """Ray on one node of a job: `python -m megatron_vespo.orchestration.ray_node`, once on each node.
 
-It lasts until SIGTERM, or until Ray ends by itself, which is a failure. However it ends, nothing that descends from it is
-left, nor are its folder and its shared memory.
+It lasts until SIGTERM, or until Ray ends by itself, which is a failure; Ray that does not come up is started again. However
+it ends, nothing that descends from it is left, nor are its folder and its shared memory.
 """
 
 import argparse
@@ -27,6 +27,9 @@ POLL_SECONDS = 0.1
 HEAD_ATTEMPTS = 600
 """Of a node to reach its head, a second or two apart. Ray's own 20 are too few where the head's files come slowly; how long
 nodes may take to come is for whoever waits for them (`cluster.start_timeout_seconds`), and ends this process."""
+ATTEMPTS = 5
+"""To start Ray, which gives up where it is not up within 30 s."""
+WRITTEN_BY_RAY_WHEN_STARTED = "ray_current_cluster"
 LONGEST_SCRATCH = 40
 """Sockets lie deep in it, and their paths have at most 107 characters."""
 
@@ -49,6 +52,21 @@ def run(options: argparse.Namespace) -> int:
     signal.signal(signal.SIGTERM, lambda number, _: asked.append(number))
     # What Ray's processes leave behind comes to this one, which can end it then.
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    for attempt in range(1, ATTEMPTS + 1):
+        code, started = hold(options, scratch, asked)
+        if asked:
+            return 0
+        print(f"Ray on this node ended by itself, with exit code {code}", file=sys.stderr)
+        if started:
+            break
+        print(f"it had not started (attempt {attempt} of {ATTEMPTS})", file=sys.stderr)
+    if options.then:
+        subprocess.run(["bash", "-c", options.then])
+    return 1
+
+
+def hold(options: argparse.Namespace, scratch: Path, asked: list[int]) -> tuple[int | None, bool]:
+    """Ray, until it ends or something is in `asked`; nothing is left of it then. Its exit code, and whether it had started."""
     shutil.rmtree(scratch, ignore_errors=True)  # of this job on this node before it was lost
     scratch.mkdir(mode=0o700, parents=True)
     memory: set[Path] = set()
@@ -60,6 +78,7 @@ def run(options: argparse.Namespace) -> int:
             if time.monotonic() - looked > LOOK_SECONDS:
                 memory |= process_tree.shared_memory_of(psutil.Process().children(recursive=True))
                 looked = time.monotonic()
+        return ray.returncode, (scratch / "r" / WRITTEN_BY_RAY_WHEN_STARTED).exists()
     finally:
         family = psutil.Process().children(recursive=True)
         memory |= process_tree.shared_memory_of(family)
@@ -67,12 +86,6 @@ def run(options: argparse.Namespace) -> int:
             process_tree.kill(family)
             family = process_tree.running(psutil.Process().children(recursive=True))
         process_tree.remove(memory, scratch)
-    if asked:
-        return 0
-    print(f"Ray on this node ended by itself, with exit code {ray.returncode}", file=sys.stderr)
-    if options.then:
-        subprocess.run(["bash", "-c", options.then])
-    return 1
 
 
 def command(options: argparse.Namespace) -> list[str]:
