@@ -1,9 +1,13 @@
 """With `sbatch --no-kill` a lost node costs no attempt: what was on it goes to the nodes that are left, and what is computed
 is what an undisturbed run computes."""
 
+from pathlib import Path
+
 import pytest
 from cluster_jobs import slurm_sandbox, until
 from training_jobs import TrainingJob, figures, without_a_cluster
+
+from megatron_vespo.observability.status import read_status
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
 
@@ -24,9 +28,15 @@ def lose(nodes, tmp_path, split: tuple[str, ...], lost: str) -> tuple[TrainingJo
     """A job that lost a node on the way and came to its end in the same attempt; and what its driver said."""
     job = TrainingJob(nodes, tmp_path, *split, options=OPTIONS)
     job.until_saved(2)
+    until(lambda: ("node3", "alive") in engines_of(job.run), "the status of the run has the engines of other nodes")
     slurm_sandbox.kill_node(nodes.sandbox, lost)
     assert job.finish()["Restarts"] == "0"
     return job, (job.run / "slurm" / "attempt_0" / "node1.driver.log").read_text()
+
+
+def engines_of(run: Path) -> list[tuple[str, str]]:
+    """Node and state of the engines' processes, as `megatron-vespo status` tells."""
+    return [(part.host, part.state) for part in read_status(run).parts if part.name.startswith("engine")]
 
 
 def test_an_engine_goes_to_another_node(nodes, tmp_path):
