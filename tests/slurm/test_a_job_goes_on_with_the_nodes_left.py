@@ -9,7 +9,7 @@ from training_jobs import TrainingJob, figures, without_a_cluster
 
 from megatron_vespo.observability.status import read_status
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(6000)]
 
 OPTIONS = ("--no-kill", "--nodes=3")
 TWO_ENGINES = ("cluster.policy_nodes=1", "cluster.engine_nodes=2", "rollout.engine.count=2")

@@ -4,7 +4,7 @@ import pytest
 from cluster_jobs import slurm_sandbox, until
 from training_jobs import ENGINE, STEPS, TRAINER, TrainingJob, figures, without_a_cluster
 
-pytestmark = pytest.mark.timeout(1800)
+pytestmark = pytest.mark.timeout(6000)
 
 
 def survive(whole, tmp_path, lost: str) -> TrainingJob:
