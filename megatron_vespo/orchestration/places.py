@@ -1,6 +1,7 @@
 """The hosts of a run's parts; those whose host is lost go to another one."""
 
 import asyncio
+import time
 from collections.abc import Callable, Sequence
 
 import ray
@@ -13,7 +14,8 @@ from megatron_vespo.orchestration.placement import place, place_again
 from megatron_vespo.orchestration.supervision import RunFailed
 
 ANSWER_SECONDS = 120.0
-"""Of a host. Ray, which ends the call when it misses the host, takes up to about a minute to do so."""
+"""Of a host. Ray takes up to about a minute to miss one."""
+POLL_SECONDS = 1.0
 
 
 class Places:
@@ -78,11 +80,16 @@ async def _is_lost(host: Host) -> bool:
     """Whether Ray has no such host any more. One that is there and does not answer is not lost."""
     if host.keeper is None:
         return False
+    deadline = time.monotonic() + ANSWER_SECONDS
     try:
         await asyncio.wait_for(host.keeper.opened.remote(), ANSWER_SECONDS)
-    except TimeoutError:
         return False
-    except RayError:
-        nodes = await asyncio.to_thread(ray.nodes)
-        return not any(node["NodeID"] == host.node and node["Alive"] for node in nodes)
-    return False
+    except (RayError, TimeoutError):
+        # Ray misses an actor sooner than its host.
+        while True:
+            nodes = await asyncio.to_thread(ray.nodes)
+            if not any(node["NodeID"] == host.node and node["Alive"] for node in nodes):
+                return True
+            if time.monotonic() > deadline:
+                return False
+            await asyncio.sleep(POLL_SECONDS)
