@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 from cluster_jobs import Cluster, running_cluster
+from training_jobs import without_a_cluster
 
 
 @pytest.fixture(scope="session")
@@ -33,3 +34,9 @@ def large() -> Iterator[Cluster]:
     """A cluster of eight nodes."""
     with running_cluster(8) as cluster:
         yield cluster
+
+
+@pytest.fixture(scope="session")
+def alone(tmp_path_factory) -> list[dict]:
+    """Figures of the run of all training jobs here, on this host alone."""
+    return without_a_cluster(tmp_path_factory.mktemp("alone"))

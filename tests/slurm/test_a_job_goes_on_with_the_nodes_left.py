@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from cluster_jobs import slurm_sandbox, until
-from training_jobs import TrainingJob, figures, without_a_cluster
+from training_jobs import TrainingJob, figures
 
 from megatron_vespo.observability.status import read_status
 
@@ -39,16 +39,16 @@ def engines_of(run: Path) -> list[tuple[str, str]]:
     return [(part.host, part.state) for part in read_status(run).parts if part.name.startswith("engine")]
 
 
-def test_an_engine_goes_to_another_node(nodes, tmp_path):
+def test_an_engine_goes_to_another_node(nodes, tmp_path, alone):
     job, told = lose(nodes, tmp_path, TWO_ENGINES, "node3")
     assert "node3 is lost" in told and "engine 1 is taken out, and started again on node2" in told
-    assert figures(job.run) == without_a_cluster(tmp_path)
+    assert figures(job.run) == alone
 
 
-def test_the_trainer_starts_again_on_what_is_left(nodes, tmp_path):
+def test_the_trainer_starts_again_on_what_is_left(nodes, tmp_path, alone):
     job, told = lose(nodes, tmp_path, TWO_TRAINERS, "node2")
     assert "node2 is lost" in told and "the policy is where it was" in told
-    assert figures(job.run) == without_a_cluster(tmp_path)
+    assert figures(job.run) == alone
 
 
 def test_without_its_first_node_the_job_is_queued_again_by_another_one(nodes, tmp_path):
