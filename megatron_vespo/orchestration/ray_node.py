@@ -24,11 +24,9 @@ PR_SET_CHILD_SUBREAPER = 36
 LOOK_SECONDS = 5.0
 """How often it is noted which shared memory is in use."""
 POLL_SECONDS = 0.1
-HEAD_ATTEMPTS = 600
-"""Of a node to reach its head, a second or two apart. Ray's own 20 are too few where the head's files come slowly; how long
-nodes may take to come is for whoever waits for them (`cluster.start_timeout_seconds`), and ends this process."""
-ATTEMPTS = 5
-"""To start Ray, which gives up where it is not up within 30 s."""
+ATTEMPTS = 10
+"""To start Ray. It gives up where its head does not serve within 40 s, or itself is not up within 30 s. The driver's patience
+(`cluster.start_timeout_seconds`) may end before."""
 WRITTEN_BY_RAY_WHEN_STARTED = "ray_current_cluster"
 LONGEST_SCRATCH = 40
 """Sockets lie deep in it, and their paths have at most 107 characters."""
@@ -110,7 +108,6 @@ def command(options: argparse.Namespace) -> list[str]:
 def environment(options: argparse.Namespace, scratch: Path) -> dict[str, str]:
     """Of Ray's processes, which hand it on to the run's actors."""
     own = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": options.token_file, "TMPDIR": str(scratch)}
-    own["RAY_NUM_REDIS_GET_RETRIES"] = str(HEAD_ATTEMPTS)
     # This package's own setting is for a Ray on loopback.
     own["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "1"
     return {name: value for name, value in os.environ.items() if name != "RAY_AUTH_TOKEN"} | own
