@@ -50,9 +50,9 @@ class RecomputeConfig(Section):
     granularity: Literal["none", "selective", "full"] = "none"
     """`full`: whole layers; `selective`: `modules` of each layer."""
     modules: tuple[Literal["core_attn", "layernorm", "mlp", "moe", "moe_act"], ...] = ("core_attn",)
-    """Of `selective`, in Megatron's names. `moe_act` needs grouped experts (CUDA with Transformer Engine)."""
+    """Of `selective`, in Megatron's names. `moe_act` and `layernorm` need Transformer Engine's layers (CUDA, bfloat16)."""
     layers: PositiveInt = 1
-    """Of `full`: layers that are kept and computed again as one unit."""
+    """Of `full`: layers that are kept and computed again as one unit. Divides the layers of each pipeline chunk."""
 
     def own_problems(self) -> Iterator[tuple[str, str]]:
         if self.granularity == "selective" and not self.modules:

@@ -18,7 +18,9 @@ from megatron_vespo.orchestration.hosts import Host
 from megatron_vespo.orchestration.ray_token import private_token
 from megatron_vespo.rollout import process_tree
 
-OBJECT_STORE_BYTES = 256 * 2**20
+LEAST_STORE_BYTES = 256 * 2**20
+MEMORY_SHARE, SHM_SHARE = 0.2, 0.5
+"""Of the host's available memory, and of what is free in /dev/shm."""
 HELPER_SECONDS = 1.0
 ATTEMPTS = 5
 TOO_SLOW = "The current node timed out during startup"
@@ -26,6 +28,15 @@ TOO_SLOW = "The current node timed out during startup"
 TOKEN_FILE = "ray_token"
 SESSIONS = "r"
 """Short, since Ray's sockets lie in it."""
+
+
+def object_store_bytes() -> int:
+    """Room for the batches that go to the trainer's ranks: a bound, taken only as it is used.
+
+    What does not fit goes over the disk, at its speed: a step of 2,048 long responses with their routes has gigabytes.
+    """
+    shared = psutil.disk_usage("/dev/shm").free
+    return max(LEAST_STORE_BYTES, int(min(MEMORY_SHARE * psutil.virtual_memory().available, SHM_SHARE * shared)))
 
 
 class LocalCluster:
@@ -75,7 +86,7 @@ class LocalCluster:
                     include_dashboard=False,
                     log_to_driver=False,
                     logging_level=logging.ERROR,
-                    object_store_memory=OBJECT_STORE_BYTES,
+                    object_store_memory=object_store_bytes(),
                     # Ray opens its folder, with its sockets, to every user of the host; the one around it stays closed.
                     _temp_dir=str(folder / SESSIONS),
                     _node_ip_address=LOOPBACK.address,

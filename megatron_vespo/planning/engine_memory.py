@@ -6,7 +6,7 @@ from megatron_vespo.checkpoint.hf_config import Architecture
 from megatron_vespo.config import TrainConfig
 from megatron_vespo.planning.amount import Amount, total
 from megatron_vespo.planning.state_bytes import DTYPE_BYTES
-from megatron_vespo.planning.trainer_memory import MIB, TrainerMemory, bucket_bytes
+from megatron_vespo.planning.trainer_memory import TrainerMemory, bucket_bytes
 
 ROUTE_ID_BYTES = 4
 PREFILL_CHUNK = 8192
@@ -16,8 +16,6 @@ GRAPH_BYTES = 2 * 10**9
 TRAINER_PROCESS_BYTES = 6 * 10**9
 ENGINE_PROCESS_BYTES = 8 * 10**9
 """Host memory of one process with its libraries; assumptions."""
-OBJECT_STORE_BYTES = 256 * MIB
-"""Of Ray on one host, as `orchestration/cluster.py` starts it."""
 TOKEN_BYTES = 16
 """Of a trained token without routes: its id, old log-prob, mask, weight version."""
 
@@ -135,7 +133,5 @@ def host_memory(
         )
     )
     share = config.algorithm.prompts_per_step * rollout.group_size * longest * of_token
-    amounts.append(
-        Amount("Ray object store", OBJECT_STORE_BYTES, f"in shared memory; a step is up to {share / 1e9:.2f} GB")
-    )
+    amounts.append(Amount("Ray object store", share, "one step's sequences, in shared memory"))
     return amounts

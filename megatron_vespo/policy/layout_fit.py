@@ -41,6 +41,11 @@ def _divisions(architecture: Architecture, policy: PolicyConfig) -> list[str]:
         for axis, size, what, number, concerned in checks
         if concerned and number % size
     ]
+    stages, unit = layout.pp * layout.vpp, policy.recompute.layers
+    if policy.recompute.granularity == "full" and architecture.num_layers % stages == 0:
+        held = architecture.num_layers // stages
+        if held % unit:
+            problems.append(f"recompute.layers ({unit}) does not divide the {held} layers that are together on a rank")
     rows = padded_vocabulary(architecture, policy)
     if rows - rows // layout.tp >= architecture.vocab_size:
         problems.append(

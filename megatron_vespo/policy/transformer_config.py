@@ -11,6 +11,8 @@ from megatron_vespo.config import ConfigError, LayoutConfig, ModelConfig, Policy
 from megatron_vespo.policy.device import Device
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+NEED_TRANSFORMER_ENGINE = ("moe_act", "layernorm")
+"""Modules that only its layers can compute again: grouped experts, and norms whose output is let go."""
 
 
 def transformer_config(
@@ -108,8 +110,9 @@ def _recompute_settings(recompute: RecomputeConfig, device: Device) -> dict[str,
                 "recompute_num_layers": recompute.layers,
             }
         case "selective":
-            if "moe_act" in recompute.modules and not device.transformer_engine:
+            lacking = [name for name in recompute.modules if name in NEED_TRANSFORMER_ENGINE]
+            if lacking and not device.transformer_engine:
                 raise ConfigError(
-                    "policy.recompute.modules: moe_act needs grouped experts (CUDA with Transformer Engine, bfloat16)"
+                    f"policy.recompute.modules: {', '.join(lacking)}: needs Transformer Engine's layers (CUDA, bfloat16)"
                 )
             return {"recompute_granularity": "selective", "recompute_modules": list(recompute.modules)}

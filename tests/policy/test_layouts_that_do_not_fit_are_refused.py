@@ -4,9 +4,12 @@ import math
 
 import policy_examples
 import pytest
+import torch
 
-from megatron_vespo.config import ConfigError, PolicyConfig
+from megatron_vespo.config import ConfigError, ModelConfig, PolicyConfig
+from megatron_vespo.policy.device import Device
 from megatron_vespo.policy.layout_fit import packing_rules, padded_vocabulary, require_fit
+from megatron_vespo.policy.transformer_config import transformer_config
 
 SIZES = {
     "num_attention_heads": 8,
@@ -67,6 +70,10 @@ def test_contradictions_of_the_configuration_alone(settings, key, message):
             "pads the vocabulary of 97 rows to 256, so that the last rank holds nothing but padding",
         ),
         ({"ranks": 1, "recompute": {"granularity": "selective", "modules": ["mlp"]}}, "no dense mlp"),
+        (
+            {"ranks": 2, "pp": 2, "recompute": {"granularity": "full", "layers": 2}},
+            "recompute.layers (2) does not divide the 3 layers that are together on a rank",
+        ),
     ],
 )
 def test_layouts_that_do_not_fit_a_model(settings, message):
@@ -131,3 +138,13 @@ def test_attention_costs_as_much_as_matrices_where_it_does_as_many_multiplicatio
     attention = 2 * pairs * 16  # query with key, and probability with value
     rules = packing_rules(architecture, policy(1))
     assert rules.attention_cost * positions**2 / positions == pytest.approx(attention / (per_token * positions))
+
+
+@pytest.mark.parametrize("module", ["moe_act", "layernorm"])
+def test_what_only_transformer_engine_can_compute_again_is_refused_without_it(module):
+    recompute = {"granularity": "selective", "modules": ["core_attn", module]}
+    cpu = Device(torch.device("cpu"), "gloo", transformer_engine=False, fused_gradient_accumulation=False)
+    with pytest.raises(ConfigError, match=f"policy.recompute.modules: {module}: needs Transformer Engine"):
+        transformer_config(
+            policy_examples.architecture(), ModelConfig(path="unread"), policy(1, recompute=recompute), cpu
+        )
