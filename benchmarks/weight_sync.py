@@ -155,7 +155,7 @@ def largest_process(pid: int) -> int:
 async def measure(arguments: argparse.Namespace, root: Path, stack: AsyncExitStack) -> dict:
     write_config(root, arguments.gb)
     runtime = await stack.enter_async_context(Runtime(2, root / "run", LOOPBACK))
-    policy = PolicyGroup(2, runtime, 0)
+    policy = PolicyGroup(runtime, 0, runtime.place(2, 0, 0))
     config = load_config(
         TrainConfig,
         "examples/quickstart.yaml",

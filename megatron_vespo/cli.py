@@ -252,6 +252,9 @@ def submit(
     gpus_per_node: Annotated[int | None, typer.Option(min=0, help="Default: what the template says.")] = None,
     time: Annotated[str | None, typer.Option(help="Limit, as sbatch takes it (1-12:00:00).")] = None,
     partition: Annotated[str | None, typer.Option(help="Default: the site's (slurm/cluster.env).")] = None,
+    site: Annotated[
+        Path | None, typer.Option(help="Its cluster.env. Default: what CLUSTER_ENV names, else slurm/cluster.env.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the job's script and stop.")] = False,
 ) -> None:
     """Hand a training run to Slurm: slurm/train.sbatch, filled from the configuration."""
@@ -261,7 +264,7 @@ def submit(
 
     settings, words = load_config(TrainConfig, config, overrides), [str(config), *(overrides or [])]
     request = Request(nodes, gpus_per_node, time, partition)
-    print(script(settings, request, words) if dry_run else submit_job(settings, request, words))
+    print(script(settings, request, words, site) if dry_run else submit_job(settings, request, words, site))
 
 
 @app.command()

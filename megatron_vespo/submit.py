@@ -52,34 +52,39 @@ def nodes_of(config: TrainConfig, gpus_per_node: int | None) -> int:
     return -(-config.policy.ranks // each) + -(-further // own)
 
 
-def filled(template: str, options: dict[str, str], words: list[str]) -> str:
-    """`template` with these options, and with `words` as its arguments: a script that sbatch takes as it is."""
+def filled(template: str, options: dict[str, str], words: list[str], site: Path | None = None) -> str:
+    """`template` with these options, `words` as its arguments and `site` as CLUSTER_ENV: a script that sbatch takes as it is."""
     lines = template.splitlines()
     kept = [line for line in lines if not any(line.startswith(f"{MARK}--{name}=") for name in options)]
     last = max(number for number, line in enumerate(kept) if line.startswith(MARK))
     own = [f"{MARK}--{name}={shlex.quote(value)}" for name, value in options.items()]
+    own += [] if site is None else [f"CLUSTER_ENV={shlex.quote(str(site))}"]
     return "\n".join([*kept[: last + 1], *own, f"set -- {shlex.join(words)}", *kept[last + 1 :]]) + "\n"
 
 
-def script(config: TrainConfig, request: Request, words: list[str]) -> str:
+def script(config: TrainConfig, request: Request, words: list[str], site: Path | None = None) -> str:
     """
     Args:
         words: CONFIG and overrides, as they were given.
+        site: the cluster.env of the job; None: as the template finds it.
 
     Raises:
-        ConfigError: there is no template here.
+        ConfigError: there is no template here, or no such site.
     """
     if not TEMPLATE.exists():
         raise ConfigError(f"{TEMPLATE}: not there. Call this in the folder of the repository, as the job runs in it")
-    return filled(TEMPLATE.read_text(), request.options(config), words)
+    if site is not None and not site.is_file():
+        raise ConfigError(f"--site {site}: no such file. Give a copy of {SITE}, filled for your cluster")
+    return filled(TEMPLATE.read_text(), request.options(config), words, None if site is None else site.absolute())
 
 
-def submit(config: TrainConfig, request: Request, words: list[str]) -> str:
+def submit(config: TrainConfig, request: Request, words: list[str], site: Path | None = None) -> str:
     """What sbatch says. Raises RunError where it refuses, ConfigError as `script`."""
-    text, site = script(config, request, words), os.environ.get("CLUSTER_ENV", str(SITE))
+    text = script(config, request, words, site)
+    sourced = os.environ.get("CLUSTER_ENV", str(SITE)) if site is None else str(site.absolute())
     # On the command line too: there they win over the site's SBATCH_*.
     options = [f"--{name}={value}" for name, value in request.options(config).items()]
-    command = ["bash", "-c", 'source "$0" && exec sbatch "$@"', site, *options]
+    command = ["bash", "-c", 'source "$0" && exec sbatch "$@"', sourced, *options]
     try:
         done = subprocess.run(command, input=text, capture_output=True, text=True)
     except OSError as error:

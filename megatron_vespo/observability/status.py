@@ -16,6 +16,8 @@ STATUS_FILE = "status.json"
 MARKER = ".megatron_vespo_run"
 """A file that says: this folder is a run of ours, and may be replaced by one."""
 DRIVER = "driver"
+FRESH_SECONDS = 30.0
+"""The age of status.json at which what it says of other hosts is no longer taken for what is there now."""
 TAIL_BYTES = 2**20
 """Of metrics.jsonl; a row has a few kB."""
 
@@ -27,7 +29,8 @@ class PartStatus:
     name: str
     pid: int
     state: str
-    """alive, stopped, gone; unknown on another host."""
+    """alive, stopped, gone; unknown where it can't be seen."""
+    host: str = ""
 
 
 @dataclass(frozen=True)
@@ -106,7 +109,7 @@ def judge(written: dict[str, Any], summary: dict[str, Any], parts: list[PartStat
 
 
 def part_states(written: dict[str, Any]) -> list[PartStatus]:
-    """Processes known now; of a driver that is gone, those that it knew last."""
+    """Processes known now; of a driver that is gone, those that it knew last. Those of other hosts are as the driver was told."""
     here = written.get("host") == socket.gethostname()
     known = [
         Process(part["name"], part["pid"], part["created"], Path(written["parts_folder"]))
@@ -114,7 +117,13 @@ def part_states(written: dict[str, Any]) -> list[PartStatus]:
     ]
     if here and written.get("parts_folder") and Path(written["parts_folder"]).exists():
         known = processes(Path(written["parts_folder"]))
-    return [PartStatus(part.name, part.pid, part.state() if here else "unknown") for part in known]
+    name = written.get("host", "")
+    own = [PartStatus(part.name, part.pid, part.state() if here else "unknown", name) for part in known]
+    fresh = time.time() - written.get("written", 0.0) < FRESH_SECONDS
+    return own + [
+        PartStatus(part["name"], part["pid"], part["state"] if fresh else "unknown", part["host"])
+        for part in written.get("elsewhere", ())
+    ]
 
 
 def last_step(metrics: Path) -> tuple[int | None, float | None]:

@@ -38,9 +38,11 @@ def headline(status: RunStatus) -> Text:
 
 
 def table_of_parts(status: RunStatus) -> Table:
-    table = _table("process", "pid", "state")
+    several = len({part.host for part in status.parts}) > 1
+    table = _table("process", *(["node"] if several else []), "pid", "state")
     for part in status.parts:
-        table.add_row(part.name, str(part.pid), Text(part.state, COLORS.get(part.state, "yellow")))
+        where = [part.host] if several else []
+        table.add_row(part.name, *where, str(part.pid), Text(part.state, COLORS.get(part.state, "yellow")))
     return table
 
 

@@ -7,13 +7,12 @@ import shutil
 import signal
 import tempfile
 import time
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import ray
 from ray._raylet import GcsClient  # pyright: ignore[reportAttributeAccessIssue]
-from ray.exceptions import AuthenticationError, GetTimeoutError, RayActorError, RayError
+from ray.exceptions import AuthenticationError, RayError
 
 from megatron_vespo.config import ClusterConfig, ConfigError
 from megatron_vespo.errors import RunError
@@ -145,9 +144,10 @@ class AttachedCluster:
                 keeper.close.remote(None if keep_logs_in is None else str(keep_logs_in.absolute() / name))
                 for name, keeper in keepers.items()
             ]
-            # A node that is gone, or does not answer, takes its folder with it; the job clears what it left.
-            with suppress(GetTimeoutError, RayActorError):
-                ray.get(closing, timeout=CLOSE_SECONDS)
+            if (
+                closing
+            ):  # a node that is gone, or does not answer, takes its folder with it; the job clears what it left
+                ray.wait(closing, num_returns=len(closing), timeout=CLOSE_SECONDS)
             for keeper in keepers.values():
                 ray.kill(keeper)
             ray.shutdown()

@@ -12,6 +12,7 @@ import ray
 
 from megatron_vespo.config import ClusterConfig, ConfigError
 from megatron_vespo.config.cluster import LOCAL_RAY
+from megatron_vespo.errors import RunError
 from megatron_vespo.interface import LOOPBACK, Interface, choose_interface, own_address
 from megatron_vespo.orchestration.hosts import Host
 from megatron_vespo.orchestration.ray_token import private_token
@@ -21,6 +22,9 @@ LEAST_STORE_BYTES = 256 * 2**20
 MEMORY_SHARE, SHM_SHARE = 0.2, 0.5
 """Of the host's available memory, and of what is free in /dev/shm."""
 HELPER_SECONDS = 1.0
+ATTEMPTS = 5
+TOO_SLOW = "The current node timed out during startup"
+"""Of Ray's message."""
 TOKEN_FILE = "ray_token"
 SESSIONS = "r"
 """Short, since Ray's sockets lie in it."""
@@ -68,28 +72,47 @@ class LocalCluster:
         # Ray puts its own SIGTERM handler in place, which would end this process before its cleanup.
         handler = signal.getsignal(signal.SIGTERM)
         with private_token(self._folder / TOKEN_FILE):
-            ray.init(
-                address="local",
-                num_cpus=self._processes,
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-                object_store_memory=object_store_bytes(),
-                # Ray opens its folder, with its sockets, to every user of the host; the one around it stays closed.
-                _temp_dir=str(self._folder / SESSIONS),
-                _node_ip_address=LOOPBACK.address,
-                # Else Ray's processes, the trainer among them, yield the processor to the engines.
-                _system_config={"worker_niceness": 0},
-            )
+            self._start_ray(self._folder)
         signal.signal(signal.SIGTERM, handler)
         self.here.parts.mkdir()
+
+    def _start_ray(self, folder: Path) -> None:
+        """Ray gives up where it is not up within 30 s, however slow the host is."""
+        for attempt in range(1, ATTEMPTS + 1):
+            try:
+                ray.init(
+                    address="local",
+                    num_cpus=self._processes,
+                    include_dashboard=False,
+                    log_to_driver=False,
+                    logging_level=logging.ERROR,
+                    object_store_memory=object_store_bytes(),
+                    # Ray opens its folder, with its sockets, to every user of the host; the one around it stays closed.
+                    _temp_dir=str(folder / SESSIONS),
+                    _node_ip_address=LOOPBACK.address,
+                    # Else Ray's processes, the trainer among them, yield the processor to the engines.
+                    _system_config={"worker_niceness": 0},
+                )
+                return
+            except Exception as error:  # it is of no narrower type
+                if TOO_SLOW not in str(error):
+                    raise
+                process_tree.kill(self._family())
+                if attempt == ATTEMPTS:
+                    raise RunError(
+                        f"Ray did not come up in {ATTEMPTS} attempts of 30 s: is this host overloaded?"
+                    ) from None
+
+    def _family(self) -> list[psutil.Process]:
+        """What descends from this process and was not there before is Ray's."""
+        return [process for process in psutil.Process().children(recursive=True) if process not in self._others]
 
     def stop(self, keep_logs_in: Path | None = None) -> None:
         """End all of it; on a failure the actors' own output is kept in `keep_logs_in`.
 
-        Called last of all parts, so what descends from this process and was not there before is Ray's.
+        Called last of all parts.
         """
-        family = [process for process in psutil.Process().children(recursive=True) if process not in self._others]
+        family = self._family()
         if ray.is_initialized():
             ray.shutdown()
         # The raylet's helpers look for their parent's death only now and then; ended while they start, not at all.

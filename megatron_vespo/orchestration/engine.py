@@ -31,6 +31,7 @@ class Engine:
         log = Path(settings["log_path"])
         port = None if config.port is None else config.port + number
         self.name = f"engine {number}"
+        self.host = host
         self._settings = settings | {
             "engine": config.model_copy(update={"port": port}),
             "log_path": str(log.with_stem(f"{log.stem}_{number}")),

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +10,7 @@ from megatron_vespo.config import EngineConfig
 from megatron_vespo.errors import RunError
 from megatron_vespo.orchestration.engine import Engine
 from megatron_vespo.orchestration.hosts import Host
+from megatron_vespo.orchestration.places import Places
 from megatron_vespo.orchestration.runtime import Runtime
 from megatron_vespo.orchestration.supervision import SETTLING_SECONDS, RunFailed, all_of
 from megatron_vespo.rollout.client import EngineClient
@@ -49,7 +50,7 @@ class Engines:
         settings: dict[str, Any],
         gpus: int,
         weights_timeout_seconds: float | None,
-        hosts: Sequence[Host] | None = None,
+        places: Places,
     ) -> None:
         """
         Args:
@@ -57,18 +58,22 @@ class Engines:
             gpus: of each engine.
             weights_timeout_seconds: deadline of everything that moves weights. None: no weights are sent, and an engine
                 that was started again serves at once.
-            hosts: of each engine; None: this one.
+            places: the host of each, and of one whose host is lost the next one.
         """
         self._runtime = runtime
         self._settings = settings
         self._config: EngineConfig = settings["engine"]
         self._gpus = gpus
         self._weights_timeout_seconds = weights_timeout_seconds
-        self._hosts = list(hosts or [runtime.here] * self._config.count)
+        self._places = places
         self.fleet = Fleet(on_failure=self._on_failure)
         self.restarts = 0
         self.tell: Callable[[str], None] = lambda line: None
-        self._slots = [Slot(number, self._new_engine(number)) for number in range(self._config.count)]
+        self._slots = [
+            Slot(number, self._new_engine(number, host))
+            for number, host in enumerate(places.engines)
+            if host is not None
+        ]
         self._waiting: list[EngineClient] = []
         self._came_back = asyncio.Event()
         self._given_up: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -141,10 +146,8 @@ class Engines:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await asyncio.gather(*[slot.engine.stop() for slot in self._slots])
 
-    def _new_engine(self, number: int) -> Engine:
-        return Engine(
-            *(self._runtime, self._settings, number, self._gpus, self._weights_timeout_seconds, self._hosts[number])
-        )
+    def _new_engine(self, number: int, host: Host) -> Engine:
+        return Engine(self._runtime, self._settings, number, self._gpus, self._weights_timeout_seconds, host)
 
     def _on_failure(self, client: EngineClient, error: RunError) -> None:
         (slot,) = [slot for slot in self._slots if slot.engine.is_of(client)]
@@ -189,18 +192,27 @@ class Engines:
                     )
 
     async def _replace(self, slot: Slot, error: RunError) -> None:
-        """By a new process, which waits for the weights; too many failures end the run."""
+        """By a new process, which waits for the weights; too many failures end the run. That its host is lost is no
+        failure of an engine's."""
         error = await slot.engine.first_cause(SETTLING_SECONDS) or error
+        await self._places.look()
+        former, host = slot.engine.host, self._places.engines[slot.number]
+        if host is None:
+            await self._leave_out(slot)
+            return
         now = time.monotonic()
-        slot.failed_at = [*(at for at in slot.failed_at if now - at < RESTART_WINDOW_SECONDS), now]
+        slot.failed_at = [at for at in slot.failed_at if now - at < RESTART_WINDOW_SECONDS]
+        if host == former:
+            slot.failed_at.append(now)
         if len(slot.failed_at) > self._config.max_restarts:
             self._give_up(slot, error)
             return
-        self.tell(f"{slot.name} is taken out, and started again: {error}")
+        where = "" if host == former else f" on {host.name}"
+        self.tell(f"{slot.name} is taken out, and started again{where}: {error}")
         started = time.monotonic()
         try:
             await slot.engine.stop()
-            slot.engine = self._new_engine(slot.number)
+            slot.engine = self._new_engine(slot.number, host)
             await asyncio.wait_for(slot.engine.start(), self._config.startup_timeout_seconds)
         except (RunError, TimeoutError) as failure:
             self._in_background(self._replace(slot, RunFailed(slot.name, f"did not start again: {failure}")))
@@ -215,6 +227,15 @@ class Engines:
         self._waiting.append(slot.engine.client)
         self._came_back.set()
         self.tell(f"{slot.name} was started again in {seconds:.1f} s, and waits for the weights")
+
+    async def _leave_out(self, slot: Slot) -> None:
+        """Its host is lost, and no other has room for it."""
+        self._slots.remove(slot)
+        cause = f"its node {slot.engine.host.name} is lost, and no other node has room for it"
+        if not self._slots:
+            raise RunFailed(slot.name, f"{cause}; no engine is left")
+        self.tell(f"{slot.name}: {cause}: the run goes on with {len(self._slots)} of {self._config.count} engines")
+        await slot.engine.stop()
 
     def _give_up(self, slot: Slot, error: RunError) -> None:
         if self._given_up.done():

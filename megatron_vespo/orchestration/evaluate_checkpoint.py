@@ -50,8 +50,8 @@ def run_evaluation(config: EvaluateConfig, checkpoint: Path, output: Path | None
             )
             engine = config.rollout.engine
             gpus = engine.tensor_parallel * gpus_per_process(engine.count * engine.tensor_parallel)
-            _, hosts = runtime.place(0, engine.count, gpus)
-            engines = Engines(runtime, settings, gpus, weights_timeout_seconds=None, hosts=hosts)
+            places = runtime.place(0, engine.count, gpus)
+            engines = Engines(runtime, settings, gpus, weights_timeout_seconds=None, places=places)
             grader = RewardPool(
                 config.reward, config.data, config.evaluation.sources, runtime.logs / "graders.log", runtime.parts
             )

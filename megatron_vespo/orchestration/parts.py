@@ -14,7 +14,7 @@ from megatron_vespo.orchestration import engines, policy_group
 from megatron_vespo.orchestration.cluster import communication_backend, gpus_per_process, interface_of
 from megatron_vespo.orchestration.engine import engine_settings
 from megatron_vespo.orchestration.engines import Engines
-from megatron_vespo.orchestration.hosts import Host
+from megatron_vespo.orchestration.places import Places
 from megatron_vespo.orchestration.policy_group import PolicyGroup
 from megatron_vespo.orchestration.preflight import Prepared
 from megatron_vespo.orchestration.runtime import Runtime
@@ -55,10 +55,11 @@ class Parts:
             self._weights = None
         engine = config.rollout.engine
         gpus = gpus_per_process(config.policy.ranks + engine.count * engine.tensor_parallel)
-        rank_hosts, engine_hosts = self._runtime.place(config.policy.ranks, engine.count, gpus * engine.tensor_parallel)
+        places = self._runtime.place(config.policy.ranks, engine.count, gpus * engine.tensor_parallel)
+        places.tell = console.event
         await all_of(
-            self._fit_engines(config, gpus, engine_hosts, timed),
-            self._fit_policy(config, prepared, gpus, rank_hosts, timed),
+            self._fit_engines(config, gpus, places, timed),
+            self._fit_policy(config, prepared, gpus, places, timed),
             self._fit_graders(config, timed),
         )
         assert self._engines is not None and self._policy is not None and self._graders is not None
@@ -93,7 +94,7 @@ class Parts:
             routing_shape=prepared.architecture.routing_shape if config.routing.engine_records else None,
         )
 
-    async def _fit_engines(self, config: TrainConfig, gpus: int, hosts: list[Host], timed: "_Timed") -> None:
+    async def _fit_engines(self, config: TrainConfig, gpus: int, places: Places, timed: "_Timed") -> None:
         settings = engine_settings(
             config.model.path,
             config.model.dtype,
@@ -105,17 +106,17 @@ class Parts:
         )
         # The server's own seed is for sampling without seeds, which nothing can repeat anyway.
         needed = {name: value for name, value in settings.items() if name != "seed"}
-        if await self._keep(engines.PART, (needed, config.weight_sync.timeout_seconds, gpus, hosts)):
+        if await self._keep(engines.PART, (needed, config.weight_sync.timeout_seconds, gpus, places.engines)):
             return
         ranks = config.rollout.engine.tensor_parallel
-        self._engines = Engines(self._runtime, settings, gpus * ranks, config.weight_sync.timeout_seconds, hosts)
+        self._engines = Engines(self._runtime, settings, gpus * ranks, config.weight_sync.timeout_seconds, places)
         await timed("engine", self._engines.start())
 
     async def _fit_policy(
-        self, config: TrainConfig, prepared: Prepared, gpus: int, hosts: list[Host], timed: "_Timed"
+        self, config: TrainConfig, prepared: Prepared, gpus: int, places: Places, timed: "_Timed"
     ) -> None:
-        if not await self._keep(policy_group.PART, (gpus, hosts)):
-            self._policy = PolicyGroup(config.policy.ranks, self._runtime, gpus, hosts)
+        if not await self._keep(policy_group.PART, (gpus, places.ranks)):
+            self._policy = PolicyGroup(self._runtime, gpus, places)
         assert self._policy is not None
         temperature = config.rollout.sampling.temperature
         building = self._policy.build(config, prepared.architecture, config.algorithm.steps, temperature)

@@ -1,7 +1,7 @@
 """The trainer as the loops see it: all ranks as one."""
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -13,6 +13,7 @@ from megatron_vespo.checkpoint.hf_config import Architecture
 from megatron_vespo.config import ObjectiveConfig, SFTConfig, TrainConfig
 from megatron_vespo.errors import RunError
 from megatron_vespo.orchestration.hosts import Host
+from megatron_vespo.orchestration.places import Places
 from megatron_vespo.orchestration.policy_rank import PolicyRank
 from megatron_vespo.orchestration.runtime import Runtime
 from megatron_vespo.orchestration.supervision import Expired, RunFailed, from_part
@@ -68,20 +69,24 @@ def _in_order(sequences: list[TrainingSequence], parts: list[dict[int, TokenScor
 
 
 class PolicyGroup:
-    def __init__(self, ranks: int, runtime: Runtime, gpus_per_rank: int, hosts: Sequence[Host] | None = None) -> None:
-        """Starts the processes; there is a model once `build` was awaited. `hosts`: of each rank; None: this one."""
+    def __init__(self, runtime: Runtime, gpus_per_rank: int, places: Places) -> None:
+        """Starts the processes; there is a model once `build` was awaited."""
         self._supervisor = runtime.supervisor
-        self._hosts = list(hosts or [runtime.here] * ranks)
+        self._placement = places
+        self._hosts = places.ranks
         self._gpus_per_rank = gpus_per_rank
         self._recover: Callable[[PolicyLost], Awaitable[None]] | None = None
-        self.address = self._hosts[0].interface.address
-        """Where rank 0 listens."""
         self.starts = 0
         """How often processes were started: what was given to earlier ones is gone."""
         runtime.on_stop(PART, self.stop)
         self._processes: list[int] = []
         self._start()
         self._watch()
+
+    @property
+    def address(self) -> str:
+        """Where rank 0 listens."""
+        return self._hosts[0].interface.address
 
     def _start(self) -> None:
         self.ranks = [
@@ -121,12 +126,17 @@ class PolicyGroup:
             seconds,
         )
 
+    async def find_room(self) -> None:
+        """For the next `restart`, on the hosts that are left. Raises RunFailed where there is not enough."""
+        await self._placement.look()
+
     async def restart(self) -> None:
         """New processes in place of all that there were, alive or not, with the model as it was built at first.
 
         They come when Ray has freed the room of the old ones, which it ends by force where they stand still.
         """
         await self.stop()
+        self._hosts = self._placement.ranks
         self._start()
         await self.build(*self._built_as)
 

@@ -1,7 +1,7 @@
 """Ray on one node of a job: `python -m megatron_vespo.orchestration.ray_node`, once on each node.
 
-It lasts until SIGTERM, or until Ray ends by itself, which is a failure. However it ends, nothing that descends from it is
-left, nor are its folder and its shared memory.
+It lasts until SIGTERM, or until Ray ends by itself, which is a failure; Ray that does not come up is started again. However
+it ends, nothing that descends from it is left, nor are its folder and its shared memory.
 """
 
 import argparse
@@ -24,6 +24,10 @@ PR_SET_CHILD_SUBREAPER = 36
 LOOK_SECONDS = 5.0
 """How often it is noted which shared memory is in use."""
 POLL_SECONDS = 0.1
+ATTEMPTS = 10
+"""To start Ray. It gives up where its head does not serve within 40 s, or itself is not up within 30 s. The driver's patience
+(`cluster.start_timeout_seconds`) may end before."""
+WRITTEN_BY_RAY_WHEN_STARTED = "ray_current_cluster"
 LONGEST_SCRATCH = 40
 """Sockets lie deep in it, and their paths have at most 107 characters."""
 
@@ -46,6 +50,21 @@ def run(options: argparse.Namespace) -> int:
     signal.signal(signal.SIGTERM, lambda number, _: asked.append(number))
     # What Ray's processes leave behind comes to this one, which can end it then.
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    for attempt in range(1, ATTEMPTS + 1):
+        code, started = hold(options, scratch, asked)
+        if asked:
+            return 0
+        print(f"Ray on this node ended by itself, with exit code {code}", file=sys.stderr)
+        if started:
+            break
+        print(f"it had not started (attempt {attempt} of {ATTEMPTS})", file=sys.stderr)
+    if options.then:
+        subprocess.run(["bash", "-c", options.then])
+    return 1
+
+
+def hold(options: argparse.Namespace, scratch: Path, asked: list[int]) -> tuple[int | None, bool]:
+    """Ray, until it ends or something is in `asked`; nothing is left of it then. Its exit code, and whether it had started."""
     shutil.rmtree(scratch, ignore_errors=True)  # of this job on this node before it was lost
     scratch.mkdir(mode=0o700, parents=True)
     memory: set[Path] = set()
@@ -57,6 +76,7 @@ def run(options: argparse.Namespace) -> int:
             if time.monotonic() - looked > LOOK_SECONDS:
                 memory |= process_tree.shared_memory_of(psutil.Process().children(recursive=True))
                 looked = time.monotonic()
+        return ray.returncode, (scratch / "r" / WRITTEN_BY_RAY_WHEN_STARTED).exists()
     finally:
         family = psutil.Process().children(recursive=True)
         memory |= process_tree.shared_memory_of(family)
@@ -64,10 +84,6 @@ def run(options: argparse.Namespace) -> int:
             process_tree.kill(family)
             family = process_tree.running(psutil.Process().children(recursive=True))
         process_tree.remove(memory, scratch)
-    if asked:
-        return 0
-    print(f"Ray on this node ended by itself, with exit code {ray.returncode}", file=sys.stderr)
-    return 1
 
 
 def command(options: argparse.Namespace) -> list[str]:
@@ -106,6 +122,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--name", required=True, help="what the run calls this node")
     parser.add_argument("--scratch", required=True, help="a folder of this node, made anew, and gone at the end")
     parser.add_argument("--token-file", required=True)
+    parser.add_argument("--then", help="a line for bash, run when Ray has ended by itself, as it does without its head")
     parser.add_argument("--object-store-bytes", type=int, help="default: Ray's, a share of the node's memory")
     return parser.parse_args()
 

@@ -45,9 +45,11 @@ class Recovery:
         Raises:
             PolicyLost: it was lost more than `policy.max_restarts` times since the last complete checkpoint; the first
                 cause of these.
+            RunFailed: nodes were lost, and those that are left have no room for it.
         """
         while True:
             self._count(lost)
+            await self._session.policy.find_room()
             try:
                 return await self._start_again(lost)
             except RunError as failure:

@@ -20,15 +20,17 @@ from megatron_vespo.observability.status import DRIVER
 from megatron_vespo.orchestration.attached_cluster import AttachedCluster
 from megatron_vespo.orchestration.cluster import LocalCluster
 from megatron_vespo.orchestration.hosts import Host
-from megatron_vespo.orchestration.placement import place
+from megatron_vespo.orchestration.places import Places
 from megatron_vespo.orchestration.stacks import ANSWER_SECONDS, Found, collect_run, in_few_words
-from megatron_vespo.orchestration.status_file import StatusFile
+from megatron_vespo.orchestration.status_file import Elsewhere, StatusFile
 from megatron_vespo.orchestration.supervision import Supervisor, Wait, describe_waits
 from megatron_vespo.presence import Process
 
 STOP_SECONDS = 8.0
 """For all parts together; Ray then ends what is left. The whole stop stays under 15 s."""
 STACKS = "stacks"
+ASK_SECONDS = 5.0
+"""How often other hosts are asked for their processes, and how long they may take to tell."""
 
 
 class Runtime:
@@ -50,6 +52,7 @@ class Runtime:
         self._folder = folder
         self._stops: dict[str, Callable[[], Awaitable[None]]] = {}
         self._status: StatusFile | None = None
+        self._asking: asyncio.Task[None] | None = None
 
     @property
     def logs(self) -> Path:
@@ -70,17 +73,20 @@ class Runtime:
         """The folder where the run's processes on this host make themselves known (`presence`)."""
         return self.here.parts
 
-    def place(self, ranks: int, engines: int, engine_gpus: int) -> tuple[list[Host], list[Host]]:
-        """The host of each of the trainer's ranks, and of each engine. `engine_gpus`, and what is raised, as in `place`."""
-        hosts = self._cluster.hosts
-        placed = place(self._settings, [host.gpus for host in hosts], ranks, engines, engine_gpus)
-        return [hosts[node] for node in placed.ranks], [hosts[node] for node in placed.engines]
+    def place(self, ranks: int, engines: int, engine_gpus: int) -> Places:
+        """Of the trainer's ranks, and of engines, on the run's hosts. `engine_gpus`, and what is raised, as in `place`."""
+        return Places(self._settings, self._cluster.hosts, ranks, engines, engine_gpus, self._forget)
+
+    def _forget(self, host: Host) -> None:
+        """It is lost; nothing is asked of it any more."""
+        self._cluster.hosts.remove(host)
 
     async def __aenter__(self) -> Self:
         try:
             await self._cluster.start()
             presence.announce(self.parts, DRIVER)
             self._status = StatusFile(self._folder, self.parts, self.supervisor)
+            self._asking = asyncio.ensure_future(self._ask_hosts(self._status))
         except BaseException:
             self._cluster.stop()
             raise
@@ -103,6 +109,8 @@ class Runtime:
     async def __aexit__(self, kind, error: BaseException | None, trace) -> None:
         if error is not None:
             self._write_error(error)
+        if self._asking is not None:
+            self._asking.cancel()
         stopping = asyncio.ensure_future(self._stop_all(failed=error is not None))
         while not stopping.done():
             # A signal now asks for what is already going on; the stop must reach its end.
@@ -111,6 +119,14 @@ class Runtime:
         assert self._status is not None
         self._status.end(error or stopping.exception())
         stopping.result()
+
+    async def _ask_hosts(self, status: StatusFile) -> None:
+        """For `megatron-vespo status`."""
+        while elsewhere := [host for host in self._cluster.hosts if host.keeper is not None]:
+            told = await asyncio.gather(*(_processes_there(host) for host in elsewhere))
+            status.elsewhere = [process for processes in told for process in processes]
+            await asyncio.sleep(ASK_SECONDS)
+        status.elsewhere = []
 
     async def _diagnose(self, wait: Wait) -> str:
         assert self._status is not None
@@ -148,6 +164,15 @@ class Runtime:
         self.logs.mkdir(parents=True, exist_ok=True)
         with (self._folder / "error.txt").open("a") as file:
             file.write(text)
+
+
+async def _processes_there(host: Host) -> list[Elsewhere]:
+    """On a host where the driver is not."""
+    try:
+        found = await asyncio.wait_for(host.keeper.processes.remote(), ASK_SECONDS)
+    except (RayError, TimeoutError):
+        return [Elsewhere(host.name, "all of it", 0, "without an answer")]
+    return [Elsewhere(host.name, process.name, process.pid, state) for process, state in found]
 
 
 async def _stacks_there(name: str, keeper: Any, target: Path) -> list[Found]:

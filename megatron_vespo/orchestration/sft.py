@@ -38,8 +38,7 @@ def run_sft(config: SFTConfig, console: RunConsole) -> Path:
         console.phase("starting the trainer")
         async with Runtime(config.policy.ranks, folder, interface, config.cluster) as runtime:
             gpus = gpus_per_process(config.policy.ranks)
-            hosts, _ = runtime.place(config.policy.ranks, 0, gpus)
-            policy = PolicyGroup(config.policy.ranks, runtime, gpus, hosts)
+            policy = PolicyGroup(runtime, gpus, runtime.place(config.policy.ranks, 0, gpus))
             await policy.build(config, architecture, config.steps, temperature=1.0)
             await supervise(config, policy, demonstrations, metrics, console)
             console.phase("exporting the checkpoint")

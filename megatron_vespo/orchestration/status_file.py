@@ -8,6 +8,7 @@ import json
 import socket
 import threading
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,26 @@ WRITE_SECONDS = 0.5
 HEARTBEAT_SECONDS = 5.0
 
 
+@dataclass(frozen=True)
+class Elsewhere:
+    """A process on a host where the driver is not, as that host told it."""
+
+    host: str
+    name: str
+    pid: int
+    state: str
+
+
 class StatusFile:
+    """
+    Attributes:
+        elsewhere: set as a whole, by whoever asks the other hosts.
+    """
+
     def __init__(self, folder: Path, parts: Path, supervisor: Supervisor) -> None:
         """`parts`: where processes make themselves known. Starts to write at once."""
         self.folder = folder
+        self.elsewhere: list[Elsewhere] = []
         self._parts = parts
         self._supervisor = supervisor
         self._ending = threading.Event()
@@ -63,6 +80,7 @@ class StatusFile:
                 {"name": process.name, "pid": process.pid, "created": process.created}
                 for process in presence.processes(self._parts)
             ],
+            "elsewhere": [vars(process) for process in self.elsewhere],
             "waits": [
                 {"what": wait.what, "owners": list(wait.owners), "since": wait.since, "seconds": wait.seconds}
                 for wait in list(self._supervisor.waits)

@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -14,7 +15,7 @@ import pytest
 from megatron_vespo import presence
 from megatron_vespo.config import ConfigError
 from megatron_vespo.observability.status import MARKER, read_status
-from megatron_vespo.orchestration.status_file import StatusFile
+from megatron_vespo.orchestration.status_file import Elsewhere, StatusFile
 from megatron_vespo.orchestration.supervision import Supervisor
 
 DRIVER = """
@@ -74,7 +75,7 @@ def test_a_run_that_goes_on_shows_its_step_its_processes_and_its_waits_the_oldes
     shown = json.loads(printed(folder, "--json").stdout)
     assert (shown["state"], shown["step"], shown["steps"]) == ("running", 7, 120)
     assert 300 <= shown["last_step_seconds_ago"] < 900
-    assert shown["parts"] == [{"name": "driver", "pid": driver.pid, "state": "alive"}]
+    assert shown["parts"] == [{"name": "driver", "pid": driver.pid, "state": "alive", "host": socket.gethostname()}]
     assert [(wait["what"], wait["owners"], wait["deadline_seconds"]) for wait in shown["waits"]] == [
         ("send weights", ["policy and engine"], 600),
         ("gather weights", ["policy rank 1"], 300),
@@ -160,3 +161,15 @@ def test_a_run_before_its_first_process_is_not_started(folder):
     (folder / "summary.json").write_text(json.dumps({"status": "failed: engine: out of memory"}))
     status = read_status(folder)
     assert (status.state, status.message) == ("failed", "engine: out of memory")
+
+
+def test_processes_of_other_hosts_are_told_as_those_told_them(folder):
+    file = StatusFile(folder, folder / "parts", Supervisor())
+    file.elsewhere = [Elsewhere("node2", "engine 0", 4711, "stopped")]
+    until(lambda: len(read_status(folder).parts) == 1)
+    (part,) = read_status(folder).parts
+    assert (part.name, part.host, part.pid, part.state) == ("engine 0", "node2", 4711, "stopped")
+    old = json.loads((folder / "status.json").read_text()) | {"written": time.time() - 600}
+    file.end(None)
+    (folder / "status.json").write_text(json.dumps(old))
+    assert [part.state for part in read_status(folder).parts] == ["unknown"]

@@ -1,9 +1,11 @@
-"""Ranks fill nodes in order, engines get what is left or nodes of their own, and what does not fit is said."""
+"""Ranks fill nodes in order, engines get what is left or nodes of their own, and what does not fit is said; those of a lost
+node go to where there is room."""
 
 import pytest
 
 from megatron_vespo.config import ClusterConfig, ConfigError
-from megatron_vespo.orchestration.placement import place
+from megatron_vespo.errors import RunError
+from megatron_vespo.orchestration.placement import Placement, place, place_again
 
 EIGHT = [8, 8, 8, 8]
 
@@ -43,3 +45,45 @@ def test_without_gpus_neighbours_stay_together():
 def test_a_split_needs_its_nodes():
     with pytest.raises(ConfigError, match="ask for 3 nodes, this run has 1"):
         place(ClusterConfig(policy_nodes=2, engine_nodes=1), [8], ranks=1, engines=1, engine_gpus=1)
+
+
+SPLIT = ClusterConfig(policy_nodes=2, engine_nodes=2)
+
+
+def test_engines_of_a_lost_node_go_to_gpus_that_are_free_on_nodes_for_engines():
+    # Nodes 2 and 3 have 8 GPUs: 4 are free on node 2, and node 1 has free ones too, which are not for engines first.
+    placed = Placement([0] * 8 + [1] * 4, [2, 3, 3])
+    again = place_again(SPLIT, EIGHT, 2, placed, {3})
+    assert again == Placement(placed.ranks, [2, 2, 2])
+
+
+def test_an_engine_takes_what_the_trainer_leaves_where_no_node_for_engines_has_room():
+    placed = Placement([0] * 8 + [1] * 4, [2, 2, 3, 3])
+    again = place_again(SPLIT, EIGHT, 4, placed, {3})
+    assert again == Placement(placed.ranks, [2, 2, 1, None])
+    assert place_again(SPLIT, EIGHT, 4, again, {2, 3}) == Placement(placed.ranks, [None, None, 1, None])
+
+
+def test_without_gpus_engines_go_to_the_nodes_with_fewest_parts():
+    placed = Placement([0, 0, 1, 1], [2, 3, 3])
+    assert place_again(SPLIT, [0] * 4, 0, placed, {3}).engines == [2, 2, 2]
+    assert place_again(ClusterConfig(), [0] * 4, 0, placed, {2}).engines == [0, 3, 3]
+    assert place_again(SPLIT, [0] * 4, 0, placed, {2, 3}).engines == [0, 1, 0]
+
+
+def test_ranks_move_together_to_their_own_nodes_and_then_to_free_gpus_elsewhere():
+    placed = Placement([0] * 6 + [1] * 6, [2, 3])
+    assert place_again(SPLIT, EIGHT, 2, placed, {1}) == Placement([0] * 8 + [2] * 4, [2, 3])
+    without = place_again(SPLIT, [0] * 4, 0, Placement([0, 0, 1, 1], [2, 3]), {1})
+    assert without == Placement([0] * 4, [2, 3])
+
+
+def test_ranks_come_before_engines_of_the_same_node():
+    placed = Placement([0] * 4 + [1] * 4, [1, 1])
+    assert place_again(ClusterConfig(), [8, 8], 2, placed, {1}) == Placement([0] * 8, [None, None])
+
+
+def test_a_trainer_without_room_says_how_many_ranks_would_fit():
+    placed = Placement([0] * 8 + [1] * 8, [2, 3])
+    with pytest.raises(RunError, match=r"policy.ranks: 16 .*\[8, 2, 2\] GPUs free: at most policy.ranks=12"):
+        place_again(SPLIT, EIGHT, 6, placed, {1})

@@ -33,7 +33,7 @@ def runtime(loop, tmp_path_factory):
 
 async def start(runtime: Runtime) -> PolicyGroup:
     """Processes without a model."""
-    return PolicyGroup(RANKS, runtime, gpus_per_rank=0)
+    return PolicyGroup(runtime, 0, runtime.place(RANKS, 0, 0))
 
 
 @pytest.fixture(scope="module")

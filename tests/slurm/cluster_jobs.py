@@ -2,17 +2,22 @@
 
 import importlib.util
 import re
+import shutil
+import signal
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from os import environ
 from pathlib import Path
 
 import psutil
+import pytest
 
 ROOT = Path(__file__).parents[2]
-DEADLINE_SECONDS = 900.0
+DEADLINE_SECONDS = 1800.0
 """For anything: long, so that a busy machine fails no test."""
 OVER = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
 
@@ -29,10 +34,10 @@ def _tool():
 slurm_sandbox = _tool()
 
 
-def until(ready: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + DEADLINE_SECONDS
+def until(ready: Callable[[], bool], what: str, seconds: float = DEADLINE_SECONDS) -> None:
+    deadline = time.monotonic() + seconds
     while not ready():
-        assert time.monotonic() < deadline, f"not within {DEADLINE_SECONDS:.0f} s: {what}"
+        assert time.monotonic() < deadline, f"not within {seconds:.0f} s: {what}"
         time.sleep(0.2)
 
 
@@ -76,9 +81,9 @@ class Cluster:
     def state(self, job: str) -> str:
         return self.facts(job).get("JobState", "")
 
-    def wait(self, job: str) -> dict[str, str]:
+    def wait(self, job: str, seconds: float = DEADLINE_SECONDS) -> dict[str, str]:
         """Until the job is over; what is known of it then."""
-        until(lambda: self.state(job) in OVER, f"job {job} is over")
+        until(lambda: self.state(job) in OVER, f"job {job} is over", seconds)
         return self.facts(job)
 
     def processes(self, node: str) -> list[str]:
@@ -107,3 +112,22 @@ class Cluster:
             if self.sandbox.process(node) is None:
                 slurm_sandbox.boot_node(self.sandbox, node)
         until(lambda: all(self.sandbox.state_of(node) == "idle" for node in self.nodes), "all nodes are idle")
+
+
+@contextmanager
+def running_cluster(nodes: int) -> Iterator[Cluster]:
+    """node1 and so on, each with 8 GPUs and 8 processors as the scheduler counts them; gone at the end, after SIGTERM too."""
+    if lacking := slurm_sandbox.missing():
+        pytest.skip(f"Slurm is not installed ({', '.join(lacking)}): `make slurm-deps` as root")
+    # Its path is short, since sockets are made below it; pytest's own folders are not.
+    folder = Path(tempfile.mkdtemp(prefix="sb-"))
+    former = signal.signal(signal.SIGTERM, lambda *_: pytest.exit("SIGTERM", returncode=128 + signal.SIGTERM))
+    try:
+        sandbox = slurm_sandbox.start_sandbox(folder / "box", nodes)
+        try:
+            yield Cluster(sandbox)
+        finally:
+            slurm_sandbox.stop_sandbox(sandbox)
+    finally:
+        shutil.rmtree(folder)
+        signal.signal(signal.SIGTERM, former)

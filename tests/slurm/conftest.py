@@ -1,27 +1,17 @@
-"""One Slurm cluster of two nodes on this host for all tests here, and a site's cluster.env that fits it."""
+"""Slurm clusters on this host for all tests here, and a site's cluster.env that fits them."""
 
-import shutil
-import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
-from cluster_jobs import Cluster, slurm_sandbox
+from cluster_jobs import Cluster, running_cluster
+from training_jobs import without_a_cluster
 
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Cluster]:
-    """node1 and node2, each with 8 GPUs and 8 processors as the scheduler counts them."""
-    if lacking := slurm_sandbox.missing():
-        pytest.skip(f"Slurm is not installed ({', '.join(lacking)}): `make slurm-deps` as root")
-    # Its path is short, since sockets are made below it; pytest's own folders are not.
-    folder = Path(tempfile.mkdtemp(prefix="sb-"))
-    sandbox = slurm_sandbox.start_sandbox(folder / "box")
-    try:
-        yield Cluster(sandbox)
-    finally:
-        slurm_sandbox.stop_sandbox(sandbox)
-        shutil.rmtree(folder)
+    """node1 and node2."""
+    with running_cluster(2) as cluster:
+        yield cluster
 
 
 @pytest.fixture
@@ -30,3 +20,23 @@ def whole(cluster) -> Iterator[Cluster]:
     cluster.mend()
     yield cluster
     cluster.mend()
+
+
+@pytest.fixture(scope="module")
+def three() -> Iterator[Cluster]:
+    """A cluster of three nodes."""
+    with running_cluster(3) as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="module")
+def large() -> Iterator[Cluster]:
+    """A cluster of eight nodes."""
+    with running_cluster(8) as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="session")
+def alone(tmp_path_factory) -> list[dict]:
+    """Figures of the run of all training jobs here, on this host alone."""
+    return without_a_cluster(tmp_path_factory.mktemp("alone"))

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -60,3 +61,21 @@ def test_a_dry_run_prints_a_script_that_slurm_takes(cluster, tmp_path):
 def test_a_mistake_is_told_before_anything_is_submitted(cluster):
     done = cluster.command(sys.executable, "-m", "megatron_vespo", "submit", CONFIG, "algorithm.stepz=3")
     assert done.returncode == 2 and "algorithm.stepz: unknown key" in done.stderr
+
+
+def test_a_site_that_is_named_wins_over_the_variable_for_sbatch_and_in_the_job(cluster, tmp_path):
+    site = tmp_path / "my site.env"
+    # Sourced by `submit`, it names the account, which only sbatch reads; sourced by the job, it ends it.
+    site.write_text('export SBATCH_ACCOUNT=of_the_site\n[ -z "${SLURM_JOB_ID:-}" ] || exit 7\n')
+    asked = ("--nodes", "1", "--site", site)
+    done = cluster.command(sys.executable, "-m", "megatron_vespo", "submit", CONFIG, f"run_dir={tmp_path}/run", *asked)
+    assert done.returncode == 0, done.stderr
+    facts = cluster.wait(done.stdout.split()[-1])
+    assert (facts["Account"], facts["ExitCode"]) == ("of_the_site", "7:0")
+    Path(facts["StdOut"]).unlink()
+
+
+def test_a_site_that_is_not_there_is_a_mistake(cluster, tmp_path):
+    no_such = tmp_path / "no.env"
+    done = cluster.command(sys.executable, "-m", "megatron_vespo", "submit", CONFIG, "--site", no_such, "--dry-run")
+    assert done.returncode == 2 and f"--site {no_such}: no such file" in done.stderr

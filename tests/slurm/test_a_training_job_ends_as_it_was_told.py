@@ -4,7 +4,7 @@ import pytest
 from cluster_jobs import until
 from training_jobs import ENGINE, SPLIT, STEPS, TrainingJob, figures
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(6000)]
 
 
 def test_before_its_time_is_up_a_job_saves_and_goes_on_later(whole, tmp_path):

@@ -9,7 +9,7 @@ import yaml
 from cluster_jobs import ROOT, Cluster, until
 from safetensors import safe_open
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(6000)]
 
 HALF_A_NODE = ("--nodelist=node1", "--gpus-per-node=4", "--cpus-per-task=4")
 GRID = {

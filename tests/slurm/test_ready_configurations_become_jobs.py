@@ -1,12 +1,7 @@
 """Slurm would take the job of every ready configuration, on a cluster of as many nodes as it says."""
 
-import shutil
-import tempfile
-from collections.abc import Iterator
-from pathlib import Path
-
 import pytest
-from cluster_jobs import ROOT, Cluster, slurm_sandbox
+from cluster_jobs import ROOT
 
 from megatron_vespo.config import TrainConfig, load_config
 from megatron_vespo.submit import Request, script
@@ -17,20 +12,6 @@ FILES = [
 RUNS = [path for path in FILES if "\nvariants:" not in path.read_text() and not path.stem.startswith("eval_")]
 NODES = {"qwen3_8b": 2, "nodes_4": 4, "single_node_debug": 1}
 """By folder or name; those of 4 nodes say so in their name, all others have 8."""
-
-
-@pytest.fixture(scope="module")
-def large() -> Iterator[Cluster]:
-    """8 nodes of 8 GPUs."""
-    if lacking := slurm_sandbox.missing():
-        pytest.skip(f"Slurm is not installed ({', '.join(lacking)}): `make slurm-deps` as root")
-    folder = Path(tempfile.mkdtemp(prefix="sb-"))
-    sandbox = slurm_sandbox.start_sandbox(folder / "box", nodes=8)
-    try:
-        yield Cluster(sandbox)
-    finally:
-        slurm_sandbox.stop_sandbox(sandbox)
-        shutil.rmtree(folder)
 
 
 @pytest.mark.parametrize("path", RUNS, ids=lambda path: f"{path.parent.name}/{path.stem}")

@@ -1,6 +1,7 @@
 """tools/slurm_sandbox.py: a real Slurm whose nodes can lose power."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -50,6 +51,20 @@ def test_two_nodes_run_a_command_each_under_their_own_names(cluster):
     assert set(hosts) == {"node1", "node2"}
     if cluster.sandbox.mode == "namespaces":
         assert all(node == host for node, host in hosts.items())
+
+
+def test_a_test_session_that_is_told_to_end_leaves_no_cluster(cluster, folder):
+    code = (
+        "import time\nfrom cluster_jobs import running_cluster\n"
+        "with running_cluster(1) as cluster:\n    print(cluster.folder, flush=True)\n    time.sleep(3600)\n"
+    )
+    paths = {"PYTHONPATH": f"{Path(__file__).parent}:{ROOT}", "TMPDIR": str(folder)}
+    session = subprocess.Popen([sys.executable, "-c", code], env=os.environ | paths, stdout=subprocess.PIPE, text=True)
+    box = Path(session.stdout.readline().strip())
+    assert any("slurmctld" in words for words in mentioning(box))
+    session.terminate()
+    session.wait()
+    assert mentioning(box) == [] and not box.exists()
 
 
 @pytest.mark.slow

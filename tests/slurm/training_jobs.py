@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from cluster_jobs import ROOT, Cluster, until
+from cluster_jobs import DEADLINE_SECONDS, ROOT, Cluster, until
 
 STEPS = 8
 SMALL = (
@@ -34,9 +34,17 @@ FIGURES = (
 
 
 class TrainingJob:
-    def __init__(self, cluster: Cluster, folder: Path, *words: str, options: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self,
+        cluster: Cluster,
+        folder: Path,
+        *words: str,
+        options: tuple[str, ...] = (),
+        config: tuple[str, ...] = SMALL,
+    ) -> None:
+        """`words`: further settings; none: SPLIT. `options`: of sbatch."""
         self.cluster, self.run, self.output = cluster, folder / "run", folder / "output"
-        own = (f"--output={self.output}", *options, "slurm/train.sbatch", *SMALL, f"run_dir={self.run}")
+        own = (f"--output={self.output}", *options, "slurm/train.sbatch", *config, f"run_dir={self.run}")
         self.number = cluster.submit(*own, *(words or SPLIT))
 
     def facts(self) -> dict[str, str]:
@@ -64,8 +72,8 @@ class TrainingJob:
         until(pending, "the job has ended on its nodes")
         self.cluster.command("scontrol", "update", f"JobId={self.number}", "StartTime=now")
 
-    def finish(self) -> dict[str, str]:
-        facts = self.cluster.wait(self.number)
+    def finish(self, seconds: float = DEADLINE_SECONDS) -> dict[str, str]:
+        facts = self.cluster.wait(self.number, seconds)
         assert (facts["JobState"], facts["ExitCode"]) == ("COMPLETED", "0:0"), self.told()
         return facts
 

@@ -62,7 +62,7 @@ def running_trainer(folder: Path) -> Iterator[Trainer]:
     try:
 
         async def start() -> PolicyGroup:
-            return PolicyGroup(2, runtime, 0)
+            return PolicyGroup(runtime, 0, runtime.place(2, 0, 0))
 
         trainer = Trainer(loop, runtime, loop.run_until_complete(start()))
         yield trainer
