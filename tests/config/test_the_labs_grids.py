@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -111,3 +112,21 @@ def test_on_gpus_it_fits_one_that_trains_and_one_that_samples(tool, tmp_path):
     assert told.exit_code == 0, told.output
     memory = json.loads(told.stdout)["memory"]
     assert memory["fits"] and memory["gpus_used"] == 2
+
+
+@pytest.mark.parametrize(
+    ("target", "made"),
+    [
+        ("lab", "staleness"),
+        ("lab-staleness", "staleness"),
+        ("lab-kernel_rates", "kernel_rates"),
+        ("lab-long_sums", "long_sums"),
+    ],
+)
+def test_make_runs_any_grid_in_pieces_and_keeps_its_figures(target, made):
+    told = subprocess.run(["make", "-n", target], capture_output=True, text=True, check=True).stdout
+    command = f"ablate examples/lab/{made}.yaml --out runs/lab/{made} --minutes 55 --results results/{made}.json"
+    assert told.count("megatron-vespo ablate") == 1 and command in told
+    assert ("make_tiny_base.py --recipe examples/lab/tasks/sumlong.base.yaml" in told) == (
+        made == "long_sums" and not Path("runs/lab/bases/sumlong").exists()
+    )
