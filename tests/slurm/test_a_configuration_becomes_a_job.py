@@ -79,3 +79,10 @@ def test_a_site_that_is_not_there_is_a_mistake(cluster, tmp_path):
     no_such = tmp_path / "no.env"
     done = cluster.command(sys.executable, "-m", "megatron_vespo", "submit", CONFIG, "--site", no_such, "--dry-run")
     assert done.returncode == 2 and f"--site {no_such}: no such file" in done.stderr
+
+
+def test_who_asks_for_a_job_sees_it(cluster, tmp_path):
+    job = cluster.submit("--hold", f"--output={tmp_path}/out", "--wrap", "true")
+    listed = cluster.command("squeue", "--me")
+    assert job in listed.stdout.split(), listed.stdout + listed.stderr
+    assert cluster.command("scancel", job).returncode == 0
