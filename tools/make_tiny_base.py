@@ -151,16 +151,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=EXAMPLES / "tiny_base", help="folder of the finished base")
     parser.add_argument("--seed", type=int, default=1, help="of demonstrations, initial weights and data order")
-    parser.add_argument("overrides", nargs="*", help="settings of the training, as key.path=value")
     arguments = parser.parse_args()
 
     training, tasks = EXAMPLES / "tiny_base.sft.yaml", EXAMPLES / "tiny_base.eval.yaml"
-    settings = load_config(SFTConfig, training, arguments.overrides)
+    settings = load_config(SFTConfig, training)
     seen = load_config(EvaluateConfig, tasks).evaluation.exclude[0]
 
     questions = write_demonstrations(Path(settings.demonstrations.path), seen, arguments.seed)
     write_untrained_model(Path(settings.model.path), questions[:TOKENIZER_QUESTIONS])
-    _command("sft", training, f"seed={arguments.seed}", "overwrite=true", *arguments.overrides)
+    _command("sft", training, f"seed={arguments.seed}", "overwrite=true")
     shutil.copytree(Path(settings.run_dir) / "checkpoint", arguments.out, dirs_exist_ok=True)
 
     figures_file = Path(settings.run_dir) / "evaluation.json"
