@@ -170,7 +170,6 @@ def main() -> None:
     parser.add_argument("--recipe", type=Path, help="another base than the quickstart's: a file of examples/lab/tasks")
     parser.add_argument("--out", type=Path, help="folder of the finished base, instead of the recipe's")
     parser.add_argument("--seed", type=int, default=1, help="of demonstrations, initial weights and data order")
-    parser.add_argument("overrides", nargs="*", help="settings of the training, as key.path=value")
     arguments = parser.parse_args()
 
     recipe = Recipe() if arguments.recipe is None else load_config(Recipe, arguments.recipe)
@@ -184,7 +183,6 @@ def main() -> None:
             f"model.path={making / 'untrained'}",
             f"demonstrations.path={making / 'demonstrations.jsonl'}",
         ]
-    changes += arguments.overrides
     settings = load_config(SFTConfig, training, changes)
     seen = load_config(EvaluateConfig, tasks).evaluation.exclude[0]
 

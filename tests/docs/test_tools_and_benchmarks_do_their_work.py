@@ -67,14 +67,12 @@ def test_a_dense_model_in_a_layout_and_the_matrix_of_two_ranks_with_replay(tmp_p
 
 
 @pytest.mark.slow
-def test_the_base_is_rebuilt_and_refused_when_it_has_not_learned(tmp_path, monkeypatch):
-    """Three steps of its training: every part runs, and at the end it says what it is worth."""
+def test_the_base_is_rebuilt(tmp_path, monkeypatch):
+    """All of it: it says itself whether what it made is fit for the quickstart."""
     repository = Path.cwd()
     monkeypatch.setenv("PYTHONPATH", str(repository))
     monkeypatch.chdir(tmp_path)  # it writes runs/tiny_base
-    words = ["--out", tmp_path / "base", "steps=3", "optimizer.warmup_steps=1"]
-    told = run(repository / "tools" / "make_tiny_base.py", *words, fails=True)
-    assert "this base is not fit for the quickstart" in told
+    assert "on items it has not seen" in run(repository / "tools" / "make_tiny_base.py", "--out", tmp_path / "base")
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= {
         path.name for path in (tmp_path / "base").iterdir()
     }
