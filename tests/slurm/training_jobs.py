@@ -78,7 +78,7 @@ class TrainingJob:
         return facts
 
     def told(self) -> str:
-        return self.output.read_text()[-3000:] if self.output.exists() else "(no output)"
+        return self.output.read_text() if self.output.exists() else "(no output)"
 
     def is_gone(self) -> bool:
         """Whether nothing of it is left on the nodes."""
