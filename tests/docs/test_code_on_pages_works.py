@@ -12,6 +12,7 @@ from megatron_vespo.config import TrainConfig, load_config
 from megatron_vespo.objective import policy_loss
 from megatron_vespo.rewards.scorers import build_environment, build_scorer
 
+OWN_MODULES = ("my_kernels", "my_reward", "my_tools")
 LOG_RATIOS = torch.tensor([0.2, -0.5, 0.1, 0.9, 0.4], dtype=torch.float64)
 """Of two responses, of 3 and 2 tokens."""
 
@@ -19,7 +20,8 @@ LOG_RATIOS = torch.tensor([0.2, -0.5, 0.1, 0.9, 0.4], dtype=torch.float64)
 @pytest.fixture
 def user(tmp_path, monkeypatch):
     """A function: a folder with the files of a page, from which commands are started. Modules are found in it."""
-    known = set(sys.modules)
+    for name in OWN_MODULES:  # those of another page, by the same names
+        monkeypatch.delitem(sys.modules, name, raising=False)
 
     def folder_of(page: str) -> Path:
         (tmp_path / "examples").symlink_to(REPOSITORY / "examples")
@@ -30,9 +32,8 @@ def user(tmp_path, monkeypatch):
         return tmp_path
 
     yield folder_of
-    for name in ("my_kernels", "my_reward", "my_tools"):
-        if name not in known:
-            sys.modules.pop(name, None)
+    for name in OWN_MODULES:
+        sys.modules.pop(name, None)
 
 
 def test_the_kernel_of_ones_own_is_what_its_page_says(user):
