@@ -144,9 +144,8 @@ class AttachedCluster:
                 keeper.close.remote(None if keep_logs_in is None else str(keep_logs_in.absolute() / name))
                 for name, keeper in keepers.items()
             ]
-            if (
-                closing
-            ):  # a node that is gone, or does not answer, takes its folder with it; the job clears what it left
+            # A node that is gone, or does not answer, takes its folder with it; the job clears what it left.
+            if closing:
                 ray.wait(closing, num_returns=len(closing), timeout=CLOSE_SECONDS)
             for keeper in keepers.values():
                 ray.kill(keeper)
