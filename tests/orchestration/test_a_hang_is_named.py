@@ -52,6 +52,8 @@ def test_a_stopped_rank_is_named_and_every_other_process_tells_where_it_is(run, 
     family = run.family()
 
     os.kill(parts["policy rank 1"].pid, signal.SIGSTOP)
+    # A process stops when the kernel comes to it, not when it is told to.
+    wait_for(folder, lambda now: any(part.state == "stopped" for part in now.parts))
     status = wait_for(folder, lambda now: any("policy rank 1" in wait.owners for wait in now.waits))
     wait = next(wait for wait in status.waits if "policy rank 1" in wait.owners)
     assert status.state == "running" and wait.deadline_seconds == DEADLINE
