@@ -68,8 +68,10 @@ def announce_child(folder: Path, parent: str) -> None:
 
 
 def _announce(stem: Path, name: str) -> None:
-    # Its own file: what a fork inherits is its parent's. faulthandler keeps it open.
-    faulthandler.register(STACKS_SIGNAL, file=stem.with_name(stem.name + ".stacks").open("w"), all_threads=True)
+    # Its own file: what a fork inherits is its parent's. faulthandler keeps it open, to append.
+    stacks = stem.with_name(stem.name + ".stacks")
+    stacks.unlink(missing_ok=True)
+    faulthandler.register(STACKS_SIGNAL, file=stacks.open("a"), all_threads=True)
     record = {"name": name, "pid": os.getpid(), "created": psutil.Process().create_time()}
     unfinished = stem.with_name(stem.name + ".unfinished")
     unfinished.write_text(json.dumps(record))

@@ -1,6 +1,7 @@
 """Where every process of a run is: the stacks of all of them, when something was waited for too long."""
 
 import asyncio
+import faulthandler
 import io
 import os
 import time
@@ -48,7 +49,15 @@ def in_few_words(found: list[Found], owners: list[str]) -> str:
 
 
 def _ask(process: Process) -> bool:
-    """Whether it was signalled: the signal would end a process that has not come so far as to handle it."""
+    """Whether it was signalled: the signal would end a process that has not come so far as to handle it.
+
+    This process tells its own stacks without a signal. This thread would run on beside the handler, and one that walks through
+    the frames of a running thread may crash.
+    """
+    if process.pid == os.getpid():
+        with process.stacks.open("a") as file:
+            faulthandler.dump_traceback(file, all_threads=True)
+        return True
     try:
         status = Path(f"/proc/{process.pid}/status").read_text()
         caught = next(line.split()[1] for line in status.splitlines() if line.startswith("SigCgt"))

@@ -122,3 +122,30 @@ def test_an_expired_wait_tells_the_cause_and_writes_tasks_and_waits(start, tmp_p
     first, second = (tmp_path / "stacks" / "waits.txt").read_text().splitlines()
     assert first.startswith("send weights: for ") and first.endswith(" of 60 s, of engine")
     assert second.startswith("gather weights: for ")
+
+
+COLLECTS = """
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from megatron_vespo import presence
+from megatron_vespo.orchestration import stacks
+
+folder = Path(sys.argv[1])
+presence.announce(folder, "driver")
+stacks.POLL_SECONDS = 0.0
+
+def collects():
+    for _ in range(1000):
+        (found,) = stacks.collect(presence.processes(folder), folder)
+        assert "in collects" in found.stacks and "in result" in found.stacks, found.stacks
+
+ThreadPoolExecutor().submit(collects).result()
+print("alive")
+"""
+
+
+def test_who_collects_survives_its_own_stacks(tmp_path):
+    """A signal's handler on another thread would walk through the frames of the one that collects, and crash sooner or later."""
+    done = subprocess.run([sys.executable, "-c", COLLECTS, str(tmp_path)], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "alive\n"), done.stderr
