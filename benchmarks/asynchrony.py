@@ -30,6 +30,7 @@ import psutil
 from rich.console import Console
 
 from megatron_vespo.config import ResponseLengthConfig, TrainConfig, load_config
+from megatron_vespo.data.prompt import Prompt
 from megatron_vespo.interface import LOOPBACK
 from megatron_vespo.observability.console import RunConsole
 from megatron_vespo.observability.run_folder import RunFolder, read_run
@@ -49,7 +50,7 @@ from megatron_vespo.planning.simulation import simulate
 from megatron_vespo.planning.workload import Workload
 from megatron_vespo.rollout.generate import generate_groups
 from megatron_vespo.rollout.response_lengths import drawn_length
-from megatron_vespo.rollout.trajectory import Group, Prompt
+from megatron_vespo.rollout.trajectory import Group
 
 CONFIG = "examples/quickstart.yaml"
 TASK = "{type: reasoning_gym, task: chain_sum, settings: {min_terms: 30, max_terms: 34, min_digits: 1, max_digits: 1}}"

@@ -27,7 +27,7 @@ import psutil
 import torch
 from safetensors.torch import save_file
 
-from megatron_vespo.checkpoint.hf_config import read_architecture
+from megatron_vespo.architecture.hf_config import read_architecture
 from megatron_vespo.checkpoint.shards import plan_shards, shard_names, tensor_bytes
 from megatron_vespo.checkpoint.tables import table_of
 

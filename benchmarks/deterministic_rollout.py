@@ -19,8 +19,9 @@ import time
 from datetime import UTC, datetime
 from pathlib import Path
 
-from megatron_vespo.checkpoint.hf_config import read_architecture
+from megatron_vespo.architecture.hf_config import read_architecture
 from megatron_vespo.config import EngineConfig, TrainConfig, load_config
+from megatron_vespo.data.prompt import Prompt
 from megatron_vespo.data.prompts import PromptStream
 from megatron_vespo.data.tokenizer import load_tokenizer
 from megatron_vespo.rollout.client import EngineClient
@@ -28,7 +29,7 @@ from megatron_vespo.rollout.fleet import Fleet
 from megatron_vespo.rollout.generate import generate
 from megatron_vespo.rollout.generation import Generation
 from megatron_vespo.rollout.server import EngineServer
-from megatron_vespo.rollout.trajectory import Group, Prompt
+from megatron_vespo.rollout.trajectory import Group
 
 CONFIG = "examples/quickstart.yaml"
 GROUPS, GROUP_SIZE, RESPONSE_TOKENS = 64, 8, 64

@@ -19,9 +19,9 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_vespo.policy.balance import plan_micro_batches
-from megatron_vespo.policy.batch import TrainingSequence
-from megatron_vespo.policy.packing import PackingRules, pack_step, report_packing
+from megatron_vespo.packing.balance import plan_micro_batches
+from megatron_vespo.packing.batch import TrainingSequence
+from megatron_vespo.packing.steps import PackingRules, pack_step, report_packing
 
 TRAJECTORIES, LONGEST = 2048, 16384
 LAYOUTS = ((8, 16384), (8, 32768), (64, 16384), (64, 32768))

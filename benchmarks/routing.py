@@ -27,8 +27,8 @@ import orjson
 import pybase64
 import ray
 
-from megatron_vespo.policy.batch import MicroBatch, TrainingSequence
-from megatron_vespo.policy.packing import PackingRules, pack_step
+from megatron_vespo.packing.batch import MicroBatch, TrainingSequence
+from megatron_vespo.packing.steps import PackingRules, pack_step
 from megatron_vespo.routing.codec import decode
 from megatron_vespo.routing.routes import Routes, recorded_routes
 from megatron_vespo.routing.slices import RankPlace, RoutingShape, assemble_routes, slice_routes

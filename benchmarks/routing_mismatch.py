@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from megatron_vespo.checkpoint.hf_config import read_architecture
+from megatron_vespo.architecture.hf_config import read_architecture
 from megatron_vespo.checkpoint.load import load_hf_weights
 from megatron_vespo.config import (
     EngineConfig,
@@ -36,7 +36,7 @@ from megatron_vespo.objective.diagnostics import difference_diagnostics
 from megatron_vespo.objective.metrics import measured_difference
 from megatron_vespo.orchestration.mini_batches import training_sequences
 from megatron_vespo.orchestration.routing_probe import agreeing_share
-from megatron_vespo.policy.batch import MicroBatch, pack
+from megatron_vespo.packing.batch import MicroBatch, pack
 from megatron_vespo.policy.policy import MegatronPolicy
 from megatron_vespo.rendezvous import listen
 from megatron_vespo.rollout.client import EngineClient

@@ -23,15 +23,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from megatron_vespo.checkpoint.hf_config import Architecture
+from megatron_vespo.architecture.compute_cost import matrix_parameters_per_token
+from megatron_vespo.architecture.hf_config import Architecture
+from megatron_vespo.architecture.layout_fit import packing_rules
 from megatron_vespo.config import ModelConfig, ObjectiveConfig, OptimizerConfig, PolicyConfig, RecomputeConfig
+from megatron_vespo.packing.batch import TrainingSequence
+from megatron_vespo.packing.steps import pack_step
 from megatron_vespo.policy.attention import packed_causal_attention
-from megatron_vespo.policy.batch import TrainingSequence
-from megatron_vespo.policy.compute_cost import matrix_parameters_per_token
 from megatron_vespo.policy.device import Device, prepare_device
-from megatron_vespo.policy.layout_fit import packing_rules
 from megatron_vespo.policy.losses import loss_function
-from megatron_vespo.policy.packing import pack_step
 from megatron_vespo.policy.policy import MegatronPolicy
 from megatron_vespo.rendezvous import listen
 

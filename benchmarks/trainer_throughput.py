@@ -32,12 +32,12 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
+from megatron_vespo.architecture.hf_config import read_architecture
 from megatron_vespo.checkpoint.export import export_hf_folder
-from megatron_vespo.checkpoint.hf_config import read_architecture
 from megatron_vespo.checkpoint.load import load_hf_weights
 from megatron_vespo.config import ModelConfig, OptimizerConfig, PolicyConfig
 from megatron_vespo.objective.metrics import LossMetrics
-from megatron_vespo.policy.batch import MicroBatch, TrainingSequence, pack
+from megatron_vespo.packing.batch import MicroBatch, TrainingSequence, pack
 from megatron_vespo.policy.policy import MegatronPolicy
 from megatron_vespo.policy.result import TokenScores
 from megatron_vespo.rendezvous import listen

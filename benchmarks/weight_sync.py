@@ -29,7 +29,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
-from megatron_vespo.checkpoint.hf_config import read_architecture
+from megatron_vespo.architecture.hf_config import read_architecture
 from megatron_vespo.config import EngineConfig, TrainConfig, WeightSyncConfig, load_config
 from megatron_vespo.interface import LOOPBACK
 from megatron_vespo.orchestration.policy_group import PolicyGroup

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from megatron_vespo.checkpoint.hf_config import read_architecture
+from megatron_vespo.architecture.hf_config import read_architecture
 from megatron_vespo.rollout.fused_checksums import compare_ranks, expected_checksums
 
 

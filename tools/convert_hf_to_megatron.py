@@ -10,8 +10,9 @@ from typing import Annotated
 
 import typer
 
-from megatron_vespo.checkpoint.conversion import hf_to_megatron
-from megatron_vespo.checkpoint.conversion_options import (
+from megatron_vespo.cli import exit_code
+from megatron_vespo.conversion.commands import hf_to_megatron
+from megatron_vespo.conversion.options import (
     Dtype,
     FileMB,
     Overwrite,
@@ -20,8 +21,7 @@ from megatron_vespo.checkpoint.conversion_options import (
     Workers,
     file_bytes_or,
 )
-from megatron_vespo.checkpoint.conversion_to_megatron import DEFAULT_FILE_BYTES
-from megatron_vespo.cli import exit_code
+from megatron_vespo.conversion.to_megatron import DEFAULT_FILE_BYTES
 
 Size = Annotated[int, typer.Option(min=1, help="Cut tensors and files for ranks of this layout (any other loads too).")]
 

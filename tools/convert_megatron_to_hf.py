@@ -9,8 +9,9 @@ from typing import Annotated
 
 import typer
 
-from megatron_vespo.checkpoint.conversion import megatron_to_hf
-from megatron_vespo.checkpoint.conversion_options import (
+from megatron_vespo.cli import exit_code
+from megatron_vespo.conversion.commands import megatron_to_hf
+from megatron_vespo.conversion.options import (
     Dtype,
     FileMB,
     Overwrite,
@@ -19,8 +20,7 @@ from megatron_vespo.checkpoint.conversion_options import (
     Workers,
     file_bytes_or,
 )
-from megatron_vespo.checkpoint.conversion_to_hf import DEFAULT_FILE_BYTES
-from megatron_vespo.cli import exit_code
+from megatron_vespo.conversion.to_hf import DEFAULT_FILE_BYTES
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 

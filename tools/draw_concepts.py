@@ -20,10 +20,11 @@ from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 from plot_kernels import coefficients
 
+from megatron_vespo.data.prompt import Prompt
 from megatron_vespo.data.tokenizer import load_tokenizer
 from megatron_vespo.rollout.engine_output import EngineOutput, WeightSpan
 from megatron_vespo.rollout.segments import Response
-from megatron_vespo.rollout.trajectory import Prompt, Trajectory
+from megatron_vespo.rollout.trajectory import Trajectory
 
 BASE = Path(__file__).resolve().parent.parent / "examples" / "tiny_base"
 QUESTION = "State the final answer to the following arithmetic problem: 8 - 3 + 6 + 4 ="

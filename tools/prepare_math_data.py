@@ -34,8 +34,9 @@ from megatron_vespo.data.math_datasets import (
     local_rows,
     read_questions,
 )
+from megatron_vespo.data.prompt import Prompt
 from megatron_vespo.rewards.pool import RewardPool
-from megatron_vespo.rollout.trajectory import Prompt, Trajectory
+from megatron_vespo.rollout.trajectory import Trajectory
 
 TEMPLATE = "{question}\n\nPlease reason step by step, and put your final answer within \\boxed{{}}."
 IN_TRAINING = ("aime24", "aime25", "amc23")

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from megatron_vespo.checkpoint.hf_config import CONFIG_FILE, Architecture, read_architecture
+from megatron_vespo.architecture.hf_config import CONFIG_FILE, Architecture, read_architecture
 from megatron_vespo.checkpoint.mapping import Table
 from megatron_vespo.checkpoint.safetensors_folder import Headers, TensorHeader, read_headers
 from megatron_vespo.checkpoint.tables import table_of

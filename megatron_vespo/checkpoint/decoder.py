@@ -4,7 +4,7 @@ Hugging Face names are those of the hub's folders, one tensor per expert and pro
 experts in memory and takes them apart again when it saves, so its folders have these names too.
 """
 
-from megatron_vespo.checkpoint.hf_config import Architecture
+from megatron_vespo.architecture.hf_config import Architecture
 from megatron_vespo.checkpoint.mapping import Entry, Form, Layers, Sharding, Table
 
 MEGATRON_LAYER = "decoder.layers.{layer}."

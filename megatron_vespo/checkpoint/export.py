@@ -12,8 +12,8 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from torch import Tensor
 
+from megatron_vespo.architecture.hf_config import CONFIG_FILE, Architecture, read_config_json
 from megatron_vespo.checkpoint.gather import gather_hf_tensors
-from megatron_vespo.checkpoint.hf_config import CONFIG_FILE, Architecture, read_config_json
 from megatron_vespo.checkpoint.output_folder import (
     copy_companions,
     give_name,

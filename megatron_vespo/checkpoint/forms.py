@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_vespo.checkpoint.hf_config import Architecture
+from megatron_vespo.architecture.hf_config import Architecture
 from megatron_vespo.checkpoint.mapping import Entry, Form, Sharding
 
 

@@ -12,8 +12,8 @@ from megatron.core.utils import unwrap_model
 from torch import Tensor
 from torch.nn import Parameter
 
+from megatron_vespo.architecture.hf_config import Architecture
 from megatron_vespo.checkpoint.forms import split, unshard
-from megatron_vespo.checkpoint.hf_config import Architecture
 from megatron_vespo.checkpoint.local_parameters import Share, local_parameters, share_of
 from megatron_vespo.checkpoint.mapping import Cut, Place, Shape, Sharding
 from megatron_vespo.checkpoint.tables import table_of

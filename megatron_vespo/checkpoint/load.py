@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_vespo.architecture.hf_config import Architecture
 from megatron_vespo.checkpoint.check import checked_tensors
 from megatron_vespo.checkpoint.forms import merge, pad_rows
-from megatron_vespo.checkpoint.hf_config import Architecture
 from megatron_vespo.checkpoint.local_parameters import LocalParameter, local_parameters
 from megatron_vespo.checkpoint.mapping import Sharding
 from megatron_vespo.checkpoint.safetensors_folder import TensorReader

@@ -8,7 +8,7 @@ from megatron.core import parallel_state
 from megatron.core.utils import unwrap_model
 from torch.nn import Parameter
 
-from megatron_vespo.checkpoint.hf_config import Architecture
+from megatron_vespo.architecture.hf_config import Architecture
 from megatron_vespo.checkpoint.mapping import Entry, Form, Place, Sharding, Table
 
 

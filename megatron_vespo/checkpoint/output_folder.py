@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from megatron_vespo.checkpoint.hf_config import CONFIG_FILE
+from megatron_vespo.architecture.hf_config import CONFIG_FILE
 from megatron_vespo.config import ConfigError
 
 COPIED_FILES = (

@@ -8,7 +8,7 @@ all gate rows before all up rows, and a layer's experts stacked along a first ax
 
 from typing import NamedTuple
 
-from megatron_vespo.checkpoint.hf_config import Architecture
+from megatron_vespo.architecture.hf_config import Architecture
 from megatron_vespo.checkpoint.mapping import Place, Shape, Sharding
 
 CONTENT_METADATA = {"non_homogeneous_layers": True, "singleton_local_shards": False}

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_vespo.checkpoint.hf_config import Architecture
+from megatron_vespo.architecture.hf_config import Architecture
 from megatron_vespo.checkpoint.manifest import hash_of
 from megatron_vespo.checkpoint.mapping import Place, Shape, Sharding, Table
 from megatron_vespo.checkpoint.torch_dist_format import Piece, PieceFiles, StoredTensor

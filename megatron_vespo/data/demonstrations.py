@@ -7,7 +7,7 @@ import numpy as np
 from megatron_vespo.config import ConfigError, DemonstrationsConfig
 from megatron_vespo.data.file_source import check_row, read_rows
 from megatron_vespo.data.tokenizer import ChatTokenizer
-from megatron_vespo.policy.batch import TrainingSequence
+from megatron_vespo.packing.batch import TrainingSequence
 
 
 def load_demonstrations(config: DemonstrationsConfig, tokenizer: ChatTokenizer) -> list[TrainingSequence]:

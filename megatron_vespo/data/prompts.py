@@ -3,9 +3,9 @@
 from collections.abc import Iterable, Set
 
 from megatron_vespo.config import ConfigError, DataConfig, EvaluationConfig, ExcludedPrompts, Source
+from megatron_vespo.data.prompt import Prompt
 from megatron_vespo.data.sources import Item, PromptSource, build_source, derived_seed, question_text
 from megatron_vespo.data.tokenizer import ChatTokenizer
-from megatron_vespo.rollout.trajectory import Prompt
 
 MAX_MISSES = 10_000
 """So many unusable items in a row (or two rounds of a finite source) mean that there are no others."""

@@ -5,8 +5,8 @@ from collections.abc import Container, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_vespo.data.prompt import Prompt
 from megatron_vespo.data.prompts import PromptStream
-from megatron_vespo.rollout.trajectory import Prompt
 
 
 @dataclass(frozen=True)

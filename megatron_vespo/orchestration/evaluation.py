@@ -7,11 +7,12 @@ from typing import Any
 import numpy as np
 
 from megatron_vespo.config import EvaluationConfig
+from megatron_vespo.data.prompt import Prompt
 from megatron_vespo.orchestration.engine_weights import attended
 from megatron_vespo.orchestration.sampler import Sampler
 from megatron_vespo.orchestration.session import Session
 from megatron_vespo.rollout.generate import generate_responses
-from megatron_vespo.rollout.trajectory import Group, Prompt
+from megatron_vespo.rollout.trajectory import Group
 
 CORRECT = 1.0
 """Reward from which a response counts as correct."""

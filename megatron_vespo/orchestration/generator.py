@@ -8,13 +8,14 @@ from contextlib import asynccontextmanager
 import numpy as np
 
 from megatron_vespo.admission import Bound, Ledger
+from megatron_vespo.data.prompt import Prompt
 from megatron_vespo.orchestration.busy_time import BusyTime
 from megatron_vespo.orchestration.drawn_prompts import DrawnPrompts
 from megatron_vespo.orchestration.mini_batches import settle_truncated
 from megatron_vespo.orchestration.session import Session
 from megatron_vespo.rollout.generate import generate_group
 from megatron_vespo.rollout.generation import Generation
-from megatron_vespo.rollout.trajectory import Group, Prompt
+from megatron_vespo.rollout.trajectory import Group
 
 
 class Generator:

@@ -12,8 +12,8 @@ from megatron_vespo.config.algorithm import OldPolicy
 from megatron_vespo.objective.advantages import advantages, trained_groups
 from megatron_vespo.objective.kl import kl_penalty
 from megatron_vespo.objective.overlong import overlong_penalty
-from megatron_vespo.policy.batch import TrainingSequence
-from megatron_vespo.policy.packing import PackingReport
+from megatron_vespo.packing.batch import TrainingSequence
+from megatron_vespo.packing.steps import PackingReport
 from megatron_vespo.policy.result import TokenScores
 from megatron_vespo.rollout.trajectory import Group, Trajectory
 

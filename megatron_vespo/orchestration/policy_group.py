@@ -9,7 +9,8 @@ from typing import Any, TypeVar
 import ray
 from ray import ObjectRef
 
-from megatron_vespo.checkpoint.hf_config import Architecture
+from megatron_vespo.architecture.hf_config import Architecture
+from megatron_vespo.architecture.layout_fit import packing_rules
 from megatron_vespo.config import ObjectiveConfig, SFTConfig, TrainConfig
 from megatron_vespo.errors import RunError
 from megatron_vespo.orchestration.hosts import Host
@@ -17,9 +18,8 @@ from megatron_vespo.orchestration.places import Places
 from megatron_vespo.orchestration.policy_rank import PolicyRank
 from megatron_vespo.orchestration.runtime import Runtime
 from megatron_vespo.orchestration.supervision import Expired, RunFailed, from_part
-from megatron_vespo.policy.batch import MicroBatch, TrainingSequence
-from megatron_vespo.policy.layout_fit import packing_rules
-from megatron_vespo.policy.packing import pack_step, report_packing
+from megatron_vespo.packing.batch import MicroBatch, TrainingSequence
+from megatron_vespo.packing.steps import pack_step, report_packing
 from megatron_vespo.policy.result import StepResult, TokenScores, merge
 from megatron_vespo.routing.routes import Routes
 from megatron_vespo.routing.slices import RankPlace, StepRoutes, assemble_routes, slice_routes

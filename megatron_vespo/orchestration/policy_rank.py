@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 
 from megatron_vespo.config import DiskSyncConfig, ObjectiveConfig, SFTConfig, TrainConfig
-from megatron_vespo.policy.batch import MicroBatch
+from megatron_vespo.packing.batch import MicroBatch
 from megatron_vespo.policy.result import StepResult, TokenScores
 from megatron_vespo.presence import announce
 from megatron_vespo.rendezvous import listen, port_of
@@ -64,7 +64,7 @@ class PolicyRank:
 
         Returns which part of a step, and of its routes, is this rank's.
         """
-        from megatron_vespo.checkpoint.hf_config import read_architecture
+        from megatron_vespo.architecture.hf_config import read_architecture
         from megatron_vespo.checkpoint.load import load_hf_weights
         from megatron_vespo.policy.policy import MegatronPolicy
 

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import torch
 
+from megatron_vespo.architecture.hf_config import Architecture, read_architecture
+from megatron_vespo.architecture.layout_fit import require_fit
 from megatron_vespo.checkpoint.check import check_folder
-from megatron_vespo.checkpoint.hf_config import Architecture, read_architecture
 from megatron_vespo.checkpoint.shards import tensor_bytes
 from megatron_vespo.checkpoint.tables import table_of
 from megatron_vespo.config import (
@@ -18,16 +19,15 @@ from megatron_vespo.config import (
     RolloutConfig,
     TrainConfig,
 )
+from megatron_vespo.data.prompt import Prompt
 from megatron_vespo.data.prompts import PromptStream, held_out_prompts, question_texts
 from megatron_vespo.data.sources import numbered_sources
 from megatron_vespo.data.tokenizer import ChatTokenizer, load_tokenizer
 from megatron_vespo.objective.advantages import advantage_function
 from megatron_vespo.objective.kernels import custom_function
 from megatron_vespo.orchestration.engine import engine_settings
-from megatron_vespo.policy.layout_fit import require_fit
 from megatron_vespo.rewards.scorers import build_environments, build_scorers
 from megatron_vespo.rollout.server import EngineServer
-from megatron_vespo.rollout.trajectory import Prompt
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from megatron_vespo.orchestration.mini_batches import (
 )
 from megatron_vespo.orchestration.session import Session
 from megatron_vespo.orchestration.step_routes import step_routes
-from megatron_vespo.policy.batch import TrainingSequence
+from megatron_vespo.packing.batch import TrainingSequence
 from megatron_vespo.policy.result import TokenScores
 from megatron_vespo.rollout.trajectory import Group, Trajectory
 

@@ -11,13 +11,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_vespo.config import RolloutConfig
+from megatron_vespo.data.prompt import Prompt
 from megatron_vespo.data.tokenizer import ChatTokenizer
 from megatron_vespo.observability.console import RunConsole
 from megatron_vespo.orchestration.supervision import Supervisor
 from megatron_vespo.rewards.pool import OUTCOMES, RewardPool
 from megatron_vespo.rollout.fleet import Fleet
 from megatron_vespo.rollout.segments import Response
-from megatron_vespo.rollout.trajectory import Group, Prompt, Trajectory, fingerprint
+from megatron_vespo.rollout.trajectory import Group, Trajectory, fingerprint
 
 
 @dataclass

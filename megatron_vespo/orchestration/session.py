@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from megatron_vespo.config import TrainConfig
+from megatron_vespo.data.prompt import Prompt
 from megatron_vespo.data.prompts import PromptStream
 from megatron_vespo.observability.console import RunConsole
 from megatron_vespo.observability.sinks import Metrics
@@ -15,7 +16,7 @@ from megatron_vespo.orchestration.journal import StepJournal
 from megatron_vespo.orchestration.policy_group import PolicyGroup
 from megatron_vespo.orchestration.sampler import Sampler
 from megatron_vespo.orchestration.weight_updater import WeightUpdater
-from megatron_vespo.rollout.trajectory import Prompt, Trajectory
+from megatron_vespo.rollout.trajectory import Trajectory
 from megatron_vespo.routing.routes import RoutingShape
 
 

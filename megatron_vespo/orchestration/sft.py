@@ -18,7 +18,7 @@ from megatron_vespo.orchestration.policy_group import PolicyGroup
 from megatron_vespo.orchestration.preflight import check_model
 from megatron_vespo.orchestration.run_folder import create_run_folder
 from megatron_vespo.orchestration.runtime import Runtime
-from megatron_vespo.policy.batch import TrainingSequence
+from megatron_vespo.packing.batch import TrainingSequence
 
 
 def run_sft(config: SFTConfig, console: RunConsole) -> Path:

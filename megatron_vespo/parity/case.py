@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from megatron_vespo.checkpoint.hf_config import CONFIG_FILE, Architecture, read_architecture
-from megatron_vespo.checkpoint.hf_rope import LLAMA_3
+from megatron_vespo.architecture.hf_config import CONFIG_FILE, Architecture, read_architecture
+from megatron_vespo.architecture.hf_rope import LLAMA_3
 from megatron_vespo.checkpoint.tables import table_of
 from megatron_vespo.config import ObjectiveConfig, OptimizerConfig
-from megatron_vespo.policy.batch import TrainingSequence
+from megatron_vespo.packing.batch import TrainingSequence
 from megatron_vespo.routing.routes import Routes, RoutingShape
 
 STEPS = 4

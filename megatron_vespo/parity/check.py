@@ -8,6 +8,7 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import Tensor
 
+from megatron_vespo.architecture.layout_fit import require_fit
 from megatron_vespo.config import ConfigError
 from megatron_vespo.parity import worker
 from megatron_vespo.parity.case import Case
@@ -15,7 +16,6 @@ from megatron_vespo.parity.compare import Comparison, Place, Run, assemble, comp
 from megatron_vespo.parity.layouts import LayoutCase, parse_layout
 from megatron_vespo.parity.pool import RankFailed, RankPool
 from megatron_vespo.parity.worker import PlantedError
-from megatron_vespo.policy.layout_fit import require_fit
 
 ONE_PROCESS = "dp=1,tokens=1000"
 """What all are compared with: one rank, one micro-batch a step."""

@@ -15,15 +15,15 @@ from megatron.core.utils import unwrap_model
 from torch import Tensor
 from torch.nn import Parameter
 
+from megatron_vespo.architecture.layout_fit import packing_rules
 from megatron_vespo.checkpoint.gather import gather_hf_tensors
 from megatron_vespo.checkpoint.load import load_hf_weights
 from megatron_vespo.config import ModelConfig, PolicyConfig
+from megatron_vespo.packing.batch import MicroBatch
+from megatron_vespo.packing.steps import FILLER_KEY, pack_step
 from megatron_vespo.parity.case import Case
 from megatron_vespo.parity.pool import LOOPBACK
-from megatron_vespo.policy.batch import MicroBatch
-from megatron_vespo.policy.layout_fit import packing_rules
 from megatron_vespo.policy.losses import loss_function
-from megatron_vespo.policy.packing import FILLER_KEY, pack_step
 from megatron_vespo.policy.policy import MegatronPolicy
 from megatron_vespo.policy.result import StepResult
 from megatron_vespo.rendezvous import listen

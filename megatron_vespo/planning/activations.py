@@ -6,7 +6,7 @@ runs on a CPU; measured there), and Transformer Engine's layers (read from its s
 
 from dataclasses import dataclass
 
-from megatron_vespo.checkpoint.hf_config import Architecture
+from megatron_vespo.architecture.hf_config import Architecture
 from megatron_vespo.config import PolicyConfig
 from megatron_vespo.planning.amount import Amount, total
 from megatron_vespo.planning.parameters import chunk_layers

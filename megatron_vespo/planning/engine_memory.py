@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from megatron_vespo.checkpoint.hf_config import Architecture
+from megatron_vespo.architecture.hf_config import Architecture
 from megatron_vespo.config import TrainConfig
 from megatron_vespo.planning.amount import Amount, total
 from megatron_vespo.planning.state_bytes import DTYPE_BYTES

@@ -4,13 +4,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
 
-from megatron_vespo.checkpoint.hf_config import Architecture
+from megatron_vespo.architecture.hf_config import Architecture
+from megatron_vespo.architecture.layout_fit import require_fit
 from megatron_vespo.config import ConfigError, LayoutConfig, TrainConfig
 from megatron_vespo.planning.amount import Amount, total
 from megatron_vespo.planning.hardware import Hardware
 from megatron_vespo.planning.step_time import Work, training_seconds
 from megatron_vespo.planning.trainer_memory import stages
-from megatron_vespo.policy.layout_fit import require_fit
 
 TENSOR = (1, 2, 4, 8)
 PIPELINE = (1, 2, 4, 8)

@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass
 
-from megatron_vespo.checkpoint.hf_config import Architecture
+from megatron_vespo.architecture.hf_config import Architecture
+from megatron_vespo.architecture.layout_fit import require_fit
 from megatron_vespo.config import ConfigError, TrainConfig
 from megatron_vespo.planning.amount import Amount, total
 from megatron_vespo.planning.engine_memory import EngineMemory, engine_memory, host_memory
@@ -12,7 +13,6 @@ from megatron_vespo.planning.published_models import known_architecture
 from megatron_vespo.planning.split import Lengths
 from megatron_vespo.planning.step_time import Work, generation_seconds, scoring_seconds, sync_seconds
 from megatron_vespo.planning.trainer_memory import TrainerMemory, stages
-from megatron_vespo.policy.layout_fit import require_fit
 
 
 @dataclass(frozen=True)

@@ -6,12 +6,12 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
+from megatron_vespo.architecture.compute_cost import matrix_parameters_per_token
 from megatron_vespo.planning.amount import Amount, total
 from megatron_vespo.planning.engine_memory import weight_bytes
 from megatron_vespo.planning.layouts import why_worse
 from megatron_vespo.planning.memory_plan import MemoryPlan
 from megatron_vespo.planning.trainer_memory import TrainerMemory
-from megatron_vespo.policy.compute_cost import matrix_parameters_per_token
 
 GB = 1e9
 SHOWN_LAYOUTS = 8

@@ -7,9 +7,9 @@ it (`gradient_buffers.py`).
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from megatron_vespo.checkpoint.hf_config import Architecture
+from megatron_vespo.architecture.hf_config import Architecture
+from megatron_vespo.architecture.layout_fit import padded_vocabulary
 from megatron_vespo.config import PolicyConfig
-from megatron_vespo.policy.layout_fit import padded_vocabulary
 
 
 @dataclass(frozen=True)

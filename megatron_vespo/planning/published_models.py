@@ -6,7 +6,7 @@ Source: huggingface.co/Qwen, config.json of each model (2025-04-29). Only what d
 from pathlib import Path
 from typing import Any
 
-from megatron_vespo.checkpoint.hf_config import Architecture, parse_architecture, read_architecture
+from megatron_vespo.architecture.hf_config import Architecture, parse_architecture, read_architecture
 from megatron_vespo.config import ConfigError
 
 _QWEN3: dict[str, Any] = {

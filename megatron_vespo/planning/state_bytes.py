@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from megatron_vespo.checkpoint.hf_config import Architecture
+from megatron_vespo.architecture.hf_config import Architecture
 from megatron_vespo.config import PolicyConfig
 from megatron_vespo.planning.gradient_buffers import GradientBuffer, chunk_buffers
 from megatron_vespo.planning.parameters import rank_parameters

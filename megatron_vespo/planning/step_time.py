@@ -3,7 +3,8 @@ peak is reached is assumed (`hardware.py`), and nothing is taken to overlap."""
 
 from dataclasses import dataclass
 
-from megatron_vespo.checkpoint.hf_config import Architecture
+from megatron_vespo.architecture.compute_cost import attention_cost, matrix_parameters_per_token
+from megatron_vespo.architecture.hf_config import Architecture
 from megatron_vespo.config import TrainConfig
 from megatron_vespo.planning.amount import Amount, total
 from megatron_vespo.planning.engine_memory import EngineMemory, cache_bytes_per_token, weight_bytes
@@ -16,7 +17,6 @@ from megatron_vespo.planning.hardware import (
 )
 from megatron_vespo.planning.state_bytes import DTYPE_BYTES
 from megatron_vespo.planning.trainer_memory import IMBALANCE, TrainerMemory
-from megatron_vespo.policy.compute_cost import attention_cost, matrix_parameters_per_token
 
 FORWARD, BACKWARD = 2, 4
 """Floating-point operations of each parameter and token."""

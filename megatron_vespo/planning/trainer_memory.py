@@ -3,15 +3,15 @@
 from dataclasses import dataclass
 from functools import cached_property
 
-from megatron_vespo.checkpoint.hf_config import Architecture
+from megatron_vespo.architecture.hf_config import Architecture
+from megatron_vespo.architecture.layout_fit import padded_vocabulary
 from megatron_vespo.config import TrainConfig
+from megatron_vespo.packing.rules import round_up
 from megatron_vespo.planning import activations
 from megatron_vespo.planning.activations import Pass
 from megatron_vespo.planning.amount import Amount, total
 from megatron_vespo.planning.hardware import FRAGMENTATION, RUNTIME_BYTES
 from megatron_vespo.planning.state_bytes import DTYPE_BYTES, FLOAT32, RankPlace, StateBytes, state_bytes
-from megatron_vespo.policy.layout_fit import padded_vocabulary
-from megatron_vespo.policy.packing_rules import round_up
 
 IMBALANCE = 1.25
 """Rows of the busiest rank's experts over the mean, with expert parallelism; an assumption."""

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_vespo.architecture.hf_config import Architecture
 from megatron_vespo.checkpoint.forms import pad_rows, shard
-from megatron_vespo.checkpoint.hf_config import Architecture
 from megatron_vespo.checkpoint.local_parameters import LocalParameter, local_parameters
 from megatron_vespo.checkpoint.mapping import Place, Sharding
 from megatron_vespo.checkpoint.tables import table_of

@@ -7,7 +7,7 @@ from megatron_vespo.config import ObjectiveConfig
 from megatron_vespo.objective import LossMetrics, demonstration_loss, policy_loss
 from megatron_vespo.objective.aggregation import local_count
 from megatron_vespo.objective.importance import NotFiniteError
-from megatron_vespo.policy.batch import MicroBatch
+from megatron_vespo.packing.batch import MicroBatch
 from megatron_vespo.policy.result import TokenScores
 from megatron_vespo.policy.schedule import LossFunction
 

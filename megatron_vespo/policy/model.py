@@ -15,13 +15,13 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_vespo.checkpoint.hf_config import Architecture
+from megatron_vespo.architecture.hf_config import Architecture
+from megatron_vespo.architecture.layout_fit import padded_vocabulary, require_fit
 from megatron_vespo.config import ModelConfig, PolicyConfig
 from megatron_vespo.policy.attention import PackedAttention
 from megatron_vespo.policy.device import Device
 from megatron_vespo.policy.experts import GroupedExperts
 from megatron_vespo.policy.head import token_scores
-from megatron_vespo.policy.layout_fit import padded_vocabulary, require_fit
 from megatron_vespo.policy.norm import PackedRMSNorm
 from megatron_vespo.policy.transformer_config import transformer_config
 from megatron_vespo.routing.replay import ReplayRouter

@@ -12,17 +12,17 @@ from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.moe.moe_layer import BaseMoELayer
 from torch import Tensor
 
-from megatron_vespo.checkpoint.hf_config import Architecture
+from megatron_vespo.architecture.hf_config import Architecture
 from megatron_vespo.config import ModelConfig, OptimizerConfig, PolicyConfig
 from megatron_vespo.objective.metrics import LossMetrics, gradient_mass
+from megatron_vespo.packing.batch import MicroBatch, context_gather
+from megatron_vespo.packing.steps import FILLER_KEY
 from megatron_vespo.policy import parallel
-from megatron_vespo.policy.batch import MicroBatch, context_gather
 from megatron_vespo.policy.device import prepare_device
 from megatron_vespo.policy.frozen import FrozenWeights
 from megatron_vespo.policy.initialise import initialise
 from megatron_vespo.policy.model import PolicyModel, build_model
 from megatron_vespo.policy.optimizer import build_optimizer, build_scheduler
-from megatron_vespo.policy.packing import FILLER_KEY
 from megatron_vespo.policy.result import StepResult, TokenScores, reduce_metrics
 from megatron_vespo.policy.saved_state import Saving, begin_save, load_saved
 from megatron_vespo.policy.schedule import (

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import torch
 
 from megatron_vespo.objective.metrics import LossMetrics
-from megatron_vespo.policy.packing import FILLER_KEY, PackingReport
+from megatron_vespo.packing.steps import FILLER_KEY, PackingReport
 
 
 @dataclass(frozen=True)

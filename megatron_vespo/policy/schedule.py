@@ -13,7 +13,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_vespo.objective.metrics import LossMetrics
-from megatron_vespo.policy.batch import MicroBatch
+from megatron_vespo.packing.batch import MicroBatch
 from megatron_vespo.policy.parallel import context_parallel_group
 from megatron_vespo.policy.result import TokenScores
 from megatron_vespo.routing.replay import RoutingPass

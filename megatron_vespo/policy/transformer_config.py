@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_vespo.checkpoint.hf_config import Architecture
+from megatron_vespo.architecture.hf_config import Architecture
 from megatron_vespo.config import ConfigError, LayoutConfig, ModelConfig, PolicyConfig, RecomputeConfig
 from megatron_vespo.policy.device import Device
 

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from megatron_vespo.config import DataConfig, RewardConfig, Source
+from megatron_vespo.data.prompt import Prompt
 from megatron_vespo.data.sources import numbered_sources
 from megatron_vespo.rewards.grader import Grader, Outcome, Reply, Verdict
-from megatron_vespo.rollout.trajectory import Prompt, Trajectory
+from megatron_vespo.rollout.trajectory import Trajectory
 
 logger = logging.getLogger(__name__)
 OUTCOMES: tuple[str, ...] = get_args(Outcome)

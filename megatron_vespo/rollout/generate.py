@@ -6,13 +6,14 @@ from collections.abc import AsyncIterator, Coroutine, Sequence
 from typing import Any
 
 from megatron_vespo.config import ConfigError, RolloutConfig, SamplingConfig
+from megatron_vespo.data.prompt import Prompt
 from megatron_vespo.rollout.engine_http import EngineError
 from megatron_vespo.rollout.engine_output import EngineOutput
 from megatron_vespo.rollout.fleet import Fleet, Place
 from megatron_vespo.rollout.generation import Environment, Generation, ending_of, request_id, sampling_params
 from megatron_vespo.rollout.response_checks import Nonsense, ResponseError, check, check_versions
 from megatron_vespo.rollout.segments import Response
-from megatron_vespo.rollout.trajectory import FinishReason, Group, Prompt, Trajectory
+from megatron_vespo.rollout.trajectory import FinishReason, Group, Trajectory
 from megatron_vespo.routing.routes import RoutingShape
 
 MAX_FRUITLESS_REQUESTS = 100

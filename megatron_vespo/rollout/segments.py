@@ -15,9 +15,10 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_vespo.data.prompt import Prompt
 from megatron_vespo.rollout.engine_output import EngineOutput, WeightSpan
 from megatron_vespo.rollout.response_lengths import Ending
-from megatron_vespo.rollout.trajectory import FinishReason, Prompt, Segment, Trajectory
+from megatron_vespo.rollout.trajectory import FinishReason, Segment, Trajectory
 from megatron_vespo.routing.codec import RoutesError, decode
 from megatron_vespo.routing.routes import Routes, RoutingShape, joined, masked_routes, recorded_routes
 

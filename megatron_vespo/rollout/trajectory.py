@@ -7,25 +7,10 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_vespo.data.prompt import Prompt
 from megatron_vespo.routing.routes import Routes
 
 FinishReason = Literal["stop", "length"]
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """One question of a task, tokenized once.
-
-    `identity` is unique in a run and stable between runs of the same configuration ("chain_sum/7/123").
-    `reference` is handed to the scorer unchanged; it must be picklable.
-    """
-
-    identity: str
-    text: str
-    token_ids: NDArray[np.int32]  # [prompt tokens]
-    source: int
-    """Index of the prompt's source in `data.sources`."""
-    reference: object
 
 
 @dataclass(frozen=True)

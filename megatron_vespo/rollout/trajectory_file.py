@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from megatron_vespo.rollout.trajectory import Prompt, Segment, Trajectory
+from megatron_vespo.data.prompt import Prompt
+from megatron_vespo.rollout.trajectory import Segment, Trajectory
 from megatron_vespo.routing.routes import Routes
 
 TOKENS = (

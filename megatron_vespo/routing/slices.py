@@ -12,8 +12,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_vespo.policy.batch import MicroBatch
-from megatron_vespo.policy.packing import FILLER_KEY
+from megatron_vespo.packing.batch import MicroBatch
+from megatron_vespo.packing.steps import FILLER_KEY
 from megatron_vespo.routing.routes import Experts, Routes, RoutingShape, recorded_routes
 from megatron_vespo.routing.runs import runs
 

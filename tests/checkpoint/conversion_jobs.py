@@ -13,8 +13,8 @@ from megatron_vespo.checkpoint.check import check_folder
 from megatron_vespo.checkpoint.load import load_hf_weights
 from megatron_vespo.checkpoint.local_parameters import local_parameters
 from megatron_vespo.checkpoint.tables import table_of
-from megatron_vespo.checkpoint.verify_logits import load_torch_dist
 from megatron_vespo.config import PolicyConfig
+from megatron_vespo.conversion.verify_logits import load_torch_dist
 from megatron_vespo.parity import worker
 from megatron_vespo.parity.case import Case
 

@@ -9,10 +9,10 @@ import torch
 from rank_models import joined, poisoned_model
 from safetensors.torch import load_file
 
+from megatron_vespo.architecture.hf_config import Architecture
 from megatron_vespo.checkpoint.check import check_folder
 from megatron_vespo.checkpoint.export import export_hf_folder
 from megatron_vespo.checkpoint.gather import GatherPlan, gather_hf_tensors
-from megatron_vespo.checkpoint.hf_config import Architecture
 from megatron_vespo.checkpoint.load import load_hf_weights
 from megatron_vespo.policy.initialise import initialise
 

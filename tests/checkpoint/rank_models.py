@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 import torch
 
-from megatron_vespo.checkpoint.hf_config import Architecture
+from megatron_vespo.architecture.hf_config import Architecture
 from megatron_vespo.config import LayoutConfig, ModelConfig, PolicyConfig
 from megatron_vespo.policy import parallel
 from megatron_vespo.policy.device import Device, prepare_device

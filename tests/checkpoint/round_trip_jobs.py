@@ -12,10 +12,10 @@ from megatron.core.transformer.module import Float16Module
 from rank_models import joined, poisoned_model
 from safetensors.torch import save_file
 
+from megatron_vespo.architecture.hf_config import Architecture
 from megatron_vespo.checkpoint.check import check_folder
 from megatron_vespo.checkpoint.export import export_hf_folder
 from megatron_vespo.checkpoint.gather import gather_hf_tensors
-from megatron_vespo.checkpoint.hf_config import Architecture
 from megatron_vespo.checkpoint.load import load_hf_weights
 from megatron_vespo.checkpoint.local_parameters import local_parameters
 from megatron_vespo.checkpoint.tables import table_of

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_vespo.checkpoint.hf_config import SUPPORTED_ARCHITECTURES, Architecture, read_architecture
+from megatron_vespo.architecture.hf_config import SUPPORTED_ARCHITECTURES, Architecture, read_architecture
 from megatron_vespo.checkpoint.tables import TABLES
 from megatron_vespo.config import ConfigError
 

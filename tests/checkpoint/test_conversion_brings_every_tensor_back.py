@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_models import KINDS, write_tiny_model
 
-from megatron_vespo.checkpoint.conversion import Verification, hf_to_megatron, megatron_to_hf
+from megatron_vespo.conversion.commands import Verification, hf_to_megatron, megatron_to_hf
 
 TOOLS = TINY_BASE.parents[1] / "tools"
 SMALL = 20_000
@@ -68,7 +68,7 @@ def test_cutting_experts_and_padding_the_vocabulary_loses_nothing(tmp_path):
 
 
 def test_large_tensors_go_in_blocks_of_rows(tmp_path, monkeypatch):
-    monkeypatch.setattr("megatron_vespo.checkpoint.conversion_plan.BLOCK_BYTES", 1000)
+    monkeypatch.setattr("megatron_vespo.conversion.plan.BLOCK_BYTES", 1000)
     write_tiny_model(tmp_path / "source", kind="mixed", layers=2)
     back = there_and_back(tmp_path / "source", tmp_path, tp=2, ep=2)
     assert_bitwise_equal(tensors_of(back), tensors_of(tmp_path / "source"))

@@ -7,12 +7,12 @@ from conversion_jobs import asked_for, differing_after_load, save_training_state
 from tiny_models import write_tiny_model
 from transformers import AutoModelForCausalLM
 
-from megatron_vespo.checkpoint.conversion import hf_to_megatron, megatron_to_hf
-from megatron_vespo.checkpoint.hf_config import read_architecture
+from megatron_vespo.architecture.hf_config import read_architecture
 from megatron_vespo.checkpoint.torch_dist_format import read_index
 from megatron_vespo.checkpoint.torch_dist_names import CONTENT_METADATA, extra_state_keys
-from megatron_vespo.checkpoint.verify_logits import megatron_logits, tokens
 from megatron_vespo.config import LayoutConfig, PolicyConfig
+from megatron_vespo.conversion.commands import hf_to_megatron, megatron_to_hf
+from megatron_vespo.conversion.verify_logits import megatron_logits, tokens
 from megatron_vespo.parity.case import build_case
 
 KINDS = ("moe", "mixed", "qwen3", "llama")

@@ -18,9 +18,9 @@ from safetensors.torch import load_file, save_file
 from test_export_is_complete_or_absent import as_nobody_if_root
 from tiny_models import write_tiny_model
 
-from megatron_vespo.checkpoint.conversion import hf_to_megatron, megatron_to_hf
 from megatron_vespo.cli import exit_code
 from megatron_vespo.config import ConfigError
+from megatron_vespo.conversion.commands import hf_to_megatron, megatron_to_hf
 
 NORM = "model.layers.1.input_layernorm.weight"
 SMALL = 20_000

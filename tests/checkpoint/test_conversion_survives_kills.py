@@ -18,8 +18,8 @@ from conversion_folders import TINY_BASE, assert_bitwise_equal, tensors_of
 from safetensors.torch import save_file
 from tiny_models import write_tiny_model
 
-from megatron_vespo.checkpoint.conversion import hf_to_megatron, megatron_to_hf
 from megatron_vespo.config import ConfigError
+from megatron_vespo.conversion.commands import hf_to_megatron, megatron_to_hf
 
 KILLS = 20
 SMALL = 20_000

@@ -11,7 +11,7 @@ from tiny_models import KINDS, tiny_config
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from megatron_vespo.checkpoint.hf_config import Architecture, read_architecture
+from megatron_vespo.architecture.hf_config import Architecture, read_architecture
 from megatron_vespo.config import ConfigError
 
 QWEN3_0_6B = {

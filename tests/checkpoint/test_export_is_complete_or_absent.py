@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import load_file
 from tiny_models import write_tiny_model
 
+from megatron_vespo.architecture.hf_config import Architecture
 from megatron_vespo.checkpoint.check import check_folder
 from megatron_vespo.checkpoint.export import write_hf_folder
-from megatron_vespo.checkpoint.hf_config import Architecture
 from megatron_vespo.checkpoint.shards import plan_shards
 from megatron_vespo.checkpoint.tables import table_of
 from megatron_vespo.config import ConfigError

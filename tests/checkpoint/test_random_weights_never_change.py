@@ -3,7 +3,7 @@
 import pytest
 from layout_jobs import initialised_fingerprint
 
-from megatron_vespo.checkpoint.hf_config import Architecture
+from megatron_vespo.architecture.hf_config import Architecture
 
 ARCHITECTURE = {
     "architecture": "Qwen3MoeForCausalLM",

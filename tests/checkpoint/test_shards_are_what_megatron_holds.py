@@ -10,9 +10,9 @@ import pytest
 import torch
 from tiny_models import KINDS, write_tiny_model
 
+from megatron_vespo.architecture.hf_config import Architecture
 from megatron_vespo.checkpoint.check import check_folder
 from megatron_vespo.checkpoint.forms import pad_rows, shard, split, unshard
-from megatron_vespo.checkpoint.hf_config import Architecture
 from megatron_vespo.checkpoint.mapping import Entry, Form
 from megatron_vespo.checkpoint.tables import table_of
 

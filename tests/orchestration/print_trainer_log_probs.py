@@ -5,10 +5,10 @@ import sys
 
 import numpy as np
 
-from megatron_vespo.checkpoint.hf_config import read_architecture
+from megatron_vespo.architecture.hf_config import read_architecture
 from megatron_vespo.checkpoint.load import load_hf_weights
 from megatron_vespo.config import ModelConfig, OptimizerConfig, PolicyConfig
-from megatron_vespo.policy.batch import TrainingSequence, pack
+from megatron_vespo.packing.batch import TrainingSequence, pack
 from megatron_vespo.policy.policy import MegatronPolicy
 from megatron_vespo.rendezvous import listen
 

@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_vespo.config import CheckpointConfig, ConfigError
+from megatron_vespo.data.prompt import Prompt
 from megatron_vespo.orchestration.checkpoints import complete, complete_checkpoints, prune, require_whole
 from megatron_vespo.orchestration.resume import changed, is_free
-from megatron_vespo.rollout.trajectory import Prompt, Segment, Trajectory
+from megatron_vespo.rollout.trajectory import Segment, Trajectory
 from megatron_vespo.rollout.trajectory_file import read_trajectories, write_trajectories
 from megatron_vespo.routing.routes import Routes
 

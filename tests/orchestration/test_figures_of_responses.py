@@ -5,9 +5,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from megatron_vespo.data.prompt import Prompt
 from megatron_vespo.orchestration.evaluation import describe_evaluation
 from megatron_vespo.orchestration.sampler import Sampler
-from megatron_vespo.rollout.trajectory import Group, Prompt, Segment, Trajectory, fingerprint
+from megatron_vespo.rollout.trajectory import Group, Segment, Trajectory, fingerprint
 
 REWARDS = [[1.0, 0.0, 0.0, 1.0], [0.0, 0.0, 0.9, 0.0], [1.0, 1.0, 1.0, 1.0]]
 LENGTHS = [[2, 4, 6, 8], [1, 1, 1, 1], [3, 3, 3, 3]]

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from megatron_vespo.config import AdvantageConfig, RolloutConfig
+from megatron_vespo.data.prompt import Prompt
 from megatron_vespo.orchestration.gradient_noise import in_parts
 from megatron_vespo.orchestration.mini_batches import (
     assign_advantages,
@@ -12,7 +13,7 @@ from megatron_vespo.orchestration.mini_batches import (
     settle_truncated,
     training_sequences,
 )
-from megatron_vespo.rollout.trajectory import Group, Prompt, Segment, Trajectory
+from megatron_vespo.rollout.trajectory import Group, Segment, Trajectory
 
 
 def trajectory(prompt_tokens, response, sample=0, reward=0.0, finish="stop", name="p"):

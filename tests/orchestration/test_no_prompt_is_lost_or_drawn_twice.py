@@ -5,8 +5,8 @@ from random import Random
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron_vespo.data.prompt import Prompt
 from megatron_vespo.orchestration.drawn_prompts import DrawnPrompts
-from megatron_vespo.rollout.trajectory import Prompt
 
 
 class Counting:

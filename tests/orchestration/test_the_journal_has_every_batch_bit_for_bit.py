@@ -5,9 +5,10 @@ import asyncio
 import numpy as np
 import pytest
 
+from megatron_vespo.data.prompt import Prompt
 from megatron_vespo.errors import RunError
 from megatron_vespo.orchestration.journal import StepJournal
-from megatron_vespo.rollout.trajectory import Prompt, Segment, Trajectory
+from megatron_vespo.rollout.trajectory import Segment, Trajectory
 from megatron_vespo.routing.routes import Routes
 
 

@@ -3,7 +3,7 @@
 import memory_jobs
 import pytest
 
-from megatron_vespo.checkpoint.hf_config import Architecture
+from megatron_vespo.architecture.hf_config import Architecture
 from megatron_vespo.config import PolicyConfig, RecomputeConfig
 from megatron_vespo.planning.activations import Pass, peak
 from megatron_vespo.planning.amount import total

@@ -8,7 +8,7 @@ from dataclasses import replace
 import memory_jobs
 import pytest
 
-from megatron_vespo.checkpoint.hf_config import Architecture
+from megatron_vespo.architecture.hf_config import Architecture
 from megatron_vespo.parity.layouts import parse_layout
 from megatron_vespo.planning.state_bytes import rank_place, state_bytes
 

@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from megatron_vespo.checkpoint.hf_config import Architecture
-from megatron_vespo.policy.batch import TrainingSequence
+from megatron_vespo.architecture.hf_config import Architecture
+from megatron_vespo.packing.batch import TrainingSequence
 
 VOCABULARY = 97
 

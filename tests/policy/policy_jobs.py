@@ -10,11 +10,11 @@ from megatron.core import parallel_state
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
-from megatron_vespo.checkpoint.hf_config import Architecture
+from megatron_vespo.architecture.hf_config import Architecture
 from megatron_vespo.config import LayoutConfig, ModelConfig, OptimizerConfig, PolicyConfig, RecomputeConfig
 from megatron_vespo.errors import RunError
 from megatron_vespo.objective.metrics import LossMetrics
-from megatron_vespo.policy.batch import MicroBatch
+from megatron_vespo.packing.batch import MicroBatch
 from megatron_vespo.policy.policy import MegatronPolicy
 from megatron_vespo.policy.result import StepResult, TokenScores
 from megatron_vespo.rendezvous import listen

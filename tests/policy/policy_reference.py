@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from megatron_vespo.checkpoint.hf_config import Architecture
-from megatron_vespo.policy.batch import TrainingSequence
+from megatron_vespo.architecture.hf_config import Architecture
+from megatron_vespo.packing.batch import TrainingSequence
 
 
 def reference_model(architecture: Architecture, seed: int = 0) -> Qwen3MoeForCausalLM:

@@ -10,7 +10,7 @@ from policy_jobs import Setup, joined, logits, per_token, said, whole_gradients
 from torch import Tensor
 
 from megatron_vespo.config import ModelConfig, PolicyConfig, RecomputeConfig
-from megatron_vespo.policy.batch import MicroBatch
+from megatron_vespo.packing.batch import MicroBatch
 from megatron_vespo.policy.model import build_model
 from megatron_vespo.policy.result import StepResult
 from megatron_vespo.routing.replay import ReplayRouter

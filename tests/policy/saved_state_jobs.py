@@ -9,12 +9,12 @@ import torch
 from megatron.core import dist_checkpointing
 from torch import Tensor
 
+from megatron_vespo.architecture.layout_fit import packing_rules
 from megatron_vespo.config import PolicyConfig
+from megatron_vespo.packing.steps import pack_step
 from megatron_vespo.parity.case import Case
 from megatron_vespo.parity.worker import joined
-from megatron_vespo.policy.layout_fit import packing_rules
 from megatron_vespo.policy.losses import loss_function
-from megatron_vespo.policy.packing import pack_step
 from megatron_vespo.policy.policy import MegatronPolicy
 from megatron_vespo.policy.result import StepResult
 

@@ -4,12 +4,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from megatron_vespo.architecture.layout_fit import packing_rules
+from megatron_vespo.packing.steps import pack_step
 from megatron_vespo.parity import worker
 from megatron_vespo.parity.case import MODELS, build_case
 from megatron_vespo.parity.layouts import parse_layout
-from megatron_vespo.policy.layout_fit import packing_rules
 from megatron_vespo.policy.losses import loss_function
-from megatron_vespo.policy.packing import pack_step
 
 
 def scores_and_updates(rank, world_size, port, case, policy):

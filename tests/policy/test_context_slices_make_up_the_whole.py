@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from megatron.core import utils
 from megatron.core.models.common.embeddings.rope_utils import _get_thd_freqs_on_this_cp_rank
 
-from megatron_vespo.policy.batch import context_gather, pack
+from megatron_vespo.packing.batch import context_gather, pack
 
 TENSORS = ("input_ids", "labels", "position_ids", "label_mask", "old_log_probs")
 

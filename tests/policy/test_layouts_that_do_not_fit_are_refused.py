@@ -6,9 +6,9 @@ import policy_examples
 import pytest
 import torch
 
+from megatron_vespo.architecture.layout_fit import packing_rules, padded_vocabulary, require_fit
 from megatron_vespo.config import ConfigError, ModelConfig, PolicyConfig
 from megatron_vespo.policy.device import Device
-from megatron_vespo.policy.layout_fit import packing_rules, padded_vocabulary, require_fit
 from megatron_vespo.policy.transformer_config import transformer_config
 
 SIZES = {

@@ -6,7 +6,7 @@ import policy_reference
 import pytest
 import torch
 
-from megatron_vespo.policy.batch import pack
+from megatron_vespo.packing.batch import pack
 
 SEQUENCES = policy_examples.sequences([13, 2, 31, 7, 20, 9])
 BATCHES = [[pack(SEQUENCES[:2]), pack(SEQUENCES[2:3])], [pack(SEQUENCES[3:5]), pack(SEQUENCES[5:])]]

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_vespo.policy.balance import largest_differencing, plan_micro_batches
+from megatron_vespo.packing.balance import largest_differencing, plan_micro_batches
 
 ATTENTION = 6.5e-5
 """Of Qwen3-30B-A3B: at 16k positions attention costs as much as everything else."""

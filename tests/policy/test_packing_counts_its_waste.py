@@ -3,8 +3,8 @@
 import policy_examples
 import pytest
 
-from megatron_vespo.policy.batch import pack
-from megatron_vespo.policy.packing import FILLER_KEY, PackingRules, filler_of, pack_step, report_packing
+from megatron_vespo.packing.batch import pack
+from megatron_vespo.packing.steps import FILLER_KEY, PackingRules, filler_of, pack_step, report_packing
 
 
 def test_by_hand():

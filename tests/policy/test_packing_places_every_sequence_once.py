@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_vespo.policy.packing import FILLER_KEY, PackingRules, pack_step
+from megatron_vespo.packing.steps import FILLER_KEY, PackingRules, pack_step
 
 RULES = st.builds(
     PackingRules,

@@ -12,9 +12,9 @@ import torch
 
 from megatron_vespo.config import ObjectiveConfig, OptimizerConfig
 from megatron_vespo.objective.importance import NotFiniteError
-from megatron_vespo.policy.batch import pack
+from megatron_vespo.packing.batch import pack
+from megatron_vespo.packing.steps import PackingRules, pack_step
 from megatron_vespo.policy.losses import loss_function
-from megatron_vespo.policy.packing import PackingRules, pack_step
 from megatron_vespo.policy.result import TokenScores
 
 ARCHITECTURE = policy_examples.architecture()

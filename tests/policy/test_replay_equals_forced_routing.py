@@ -8,8 +8,8 @@ import replay_jobs
 import torch
 from torch.nn import functional as F
 
-from megatron_vespo.policy.batch import pack
-from megatron_vespo.policy.packing import filler_of
+from megatron_vespo.packing.batch import pack
+from megatron_vespo.packing.steps import filler_of
 from megatron_vespo.routing.routes import Routes
 from megatron_vespo.routing.slices import RankPlace, slice_routes
 

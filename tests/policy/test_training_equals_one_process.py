@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from megatron_vespo.config import OptimizerConfig
-from megatron_vespo.policy.batch import pack
-from megatron_vespo.policy.packing import FILLER_KEY, filler_of
+from megatron_vespo.packing.batch import pack
+from megatron_vespo.packing.steps import FILLER_KEY, filler_of
 from megatron_vespo.policy.result import merge
 
 SEQUENCES = policy_examples.sequences([13, 2, 31, 7, 20, 9, 16, 5], masked=(3, 5))

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from megatron_vespo.config import DataConfig, FileSource, RewardConfig
+from megatron_vespo.data.prompt import Prompt
 from megatron_vespo.rewards.pool import RewardPool
-from megatron_vespo.rollout.trajectory import Prompt, Trajectory
+from megatron_vespo.rollout.trajectory import Trajectory
 
 
 @pytest.fixture(scope="session")

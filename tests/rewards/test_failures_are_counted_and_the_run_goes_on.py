@@ -153,7 +153,8 @@ import asyncio, time
 import numpy as np
 from megatron_vespo.config import DataConfig, FileSource, RewardConfig
 from megatron_vespo.rewards.pool import RewardPool
-from megatron_vespo.rollout.trajectory import Prompt, Trajectory
+from megatron_vespo.data.prompt import Prompt
+from megatron_vespo.rollout.trajectory import Trajectory
 
 source = FileSource(type="file", path="unused", scorer="graders:misbehave")
 pool = RewardPool(RewardConfig(workers=2, timeout_seconds=600), DataConfig(sources=(source,)))

@@ -5,8 +5,9 @@ from typing import Any
 import numpy as np
 
 from megatron_vespo.config import RolloutConfig
+from megatron_vespo.data.prompt import Prompt
 from megatron_vespo.rollout.generate import generate_groups
-from megatron_vespo.rollout.trajectory import Group, Prompt
+from megatron_vespo.rollout.trajectory import Group
 
 
 def random_prompts(count: int, seed: int = 0, low: int = 4, high: int = 299) -> list[Prompt]:

@@ -11,8 +11,8 @@ from tiny_engine import ROUTE_SHAPE, RunningEngine, running_engine, write_tiny_q
 from transformers_routes import load, routes_of, tokens_of
 
 from megatron_vespo.config import RolloutConfig, SamplingConfig
+from megatron_vespo.data.prompt import Prompt
 from megatron_vespo.rollout.generate import generate_responses
-from megatron_vespo.rollout.trajectory import Prompt
 from megatron_vespo.routing.codec import decode
 
 pytestmark = pytest.mark.engine

@@ -12,7 +12,8 @@ import yaml
 from safetensors.numpy import load_file, save_file
 
 from megatron_vespo.cli import exit_code
-from megatron_vespo.rollout.trajectory import Prompt, Segment, Trajectory
+from megatron_vespo.data.prompt import Prompt
+from megatron_vespo.rollout.trajectory import Segment, Trajectory
 from megatron_vespo.rollout.trajectory_file import write_trajectories
 from megatron_vespo.routing.routes import Routes
 

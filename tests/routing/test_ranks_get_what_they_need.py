@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_vespo.policy.batch import TrainingSequence, pack
-from megatron_vespo.policy.packing import FILLER_KEY, PackingRules, pack_step
+from megatron_vespo.packing.batch import TrainingSequence, pack
+from megatron_vespo.packing.steps import FILLER_KEY, PackingRules, pack_step
 from megatron_vespo.routing.routes import Routes, masked_routes, recorded_routes
 from megatron_vespo.routing.slices import (
     RankPlace,

@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from held_weights import compared, weights_in
 
-from megatron_vespo.checkpoint.hf_config import read_architecture
+from megatron_vespo.architecture.hf_config import read_architecture
 from megatron_vespo.config import TrainConfig, WeightSyncConfig, load_config
 from megatron_vespo.interface import LOOPBACK
 from megatron_vespo.orchestration.policy_group import PolicyGroup

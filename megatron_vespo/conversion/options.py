@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from megatron_vespo.checkpoint.conversion import Verification
+from megatron_vespo.conversion.commands import Verification
 
 Dtype = Annotated[
     Literal["float32", "bfloat16", "float16"] | None, typer.Option(help="Cast every tensor; else each keeps its dtype.")

@@ -1,6 +1,6 @@
 """Floating-point operations of a model, from its sizes."""
 
-from megatron_vespo.checkpoint.hf_config import Architecture
+from megatron_vespo.architecture.hf_config import Architecture
 
 
 def matrix_parameters_per_token(architecture: Architecture) -> int:

@@ -15,9 +15,9 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from megatron_vespo.checkpoint.conversion_plan import fewest_ranks
-from megatron_vespo.checkpoint.hf_config import read_architecture
+from megatron_vespo.architecture.hf_config import read_architecture
 from megatron_vespo.config import LayoutConfig, ModelConfig, PolicyConfig
+from megatron_vespo.conversion.plan import fewest_ranks
 from megatron_vespo.parity.pool import RankPool
 from megatron_vespo.policy import parallel
 from megatron_vespo.policy.device import prepare_device

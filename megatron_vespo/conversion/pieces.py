@@ -5,13 +5,13 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from megatron_vespo.checkpoint.conversion_plan import name_of, row_blocks
+from megatron_vespo.architecture.hf_config import Architecture
 from megatron_vespo.checkpoint.forms import merge, pad_rows
-from megatron_vespo.checkpoint.hf_config import Architecture
 from megatron_vespo.checkpoint.manifest import TensorHash, TensorRecord
 from megatron_vespo.checkpoint.mapping import Form, Place, Shape, Sharding
 from megatron_vespo.checkpoint.safetensors_folder import TensorHeader
 from megatron_vespo.checkpoint.safetensors_stream import DTYPES, RowReader
+from megatron_vespo.conversion.plan import name_of, row_blocks
 
 
 class PlaceSource:

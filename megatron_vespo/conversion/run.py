@@ -20,11 +20,11 @@ from typing import Any, Protocol
 
 from safetensors import SafetensorError
 
-from megatron_vespo.checkpoint.conversion_progress import Bar
-from megatron_vespo.checkpoint.conversion_workers import Advance, Ranks, run_tasks
 from megatron_vespo.checkpoint.manifest import TensorRecord, read_plan, write_manifest
 from megatron_vespo.checkpoint.mapping import Place
 from megatron_vespo.checkpoint.output_folder import give_name, require_replaceable, require_room
+from megatron_vespo.conversion.progress import Bar
+from megatron_vespo.conversion.workers import Advance, Ranks, run_tasks
 from megatron_vespo.errors import ConfigError, RunError
 
 MOST_PROCESSES = 8

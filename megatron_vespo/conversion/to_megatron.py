@@ -10,20 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_vespo.architecture.hf_config import CONFIG_FILE, Architecture, read_architecture, read_config_json
 from megatron_vespo.checkpoint.check import checked_tensors
-from megatron_vespo.checkpoint.conversion_pieces import PlaceSource, pieces
-from megatron_vespo.checkpoint.conversion_plan import (
-    bitwise_equal,
-    fingerprint,
-    name_of,
-    require_layout,
-    row_blocks,
-)
-from megatron_vespo.checkpoint.conversion_run import OutputFile, Part
-from megatron_vespo.checkpoint.conversion_workers import Advance
 from megatron_vespo.checkpoint.direct_file import DirectWriter
 from megatron_vespo.checkpoint.forms import split
-from megatron_vespo.checkpoint.hf_config import CONFIG_FILE, Architecture, read_architecture, read_config_json
 from megatron_vespo.checkpoint.manifest import TensorRecord, hash_of
 from megatron_vespo.checkpoint.mapping import Place, Sharding
 from megatron_vespo.checkpoint.output_folder import copy_companions, write_config
@@ -42,6 +32,16 @@ from megatron_vespo.checkpoint.torch_dist_format import (
 from megatron_vespo.checkpoint.torch_dist_names import Region, extra_state_keys, regions
 from megatron_vespo.checkpoint.torch_dist_read import PieceReader, locate
 from megatron_vespo.config import ConfigError, LayoutConfig
+from megatron_vespo.conversion.pieces import PlaceSource, pieces
+from megatron_vespo.conversion.plan import (
+    bitwise_equal,
+    fingerprint,
+    name_of,
+    require_layout,
+    row_blocks,
+)
+from megatron_vespo.conversion.run import OutputFile, Part
+from megatron_vespo.conversion.workers import Advance
 
 HF_FOLDER = "hf"
 """Inside the checkpoint: config.json and the tokenizer's files, with which it is built and converted back."""
@@ -50,7 +50,7 @@ DEFAULT_FILE_BYTES = 1000**3
 
 @dataclass(frozen=True)
 class ToMegatron:
-    """A `conversion_run.Conversion`. What is cached is read once in each process."""
+    """A `run.Conversion`. What is cached is read once in each process."""
 
     source: Path
     layout: LayoutConfig = field(default_factory=LayoutConfig)

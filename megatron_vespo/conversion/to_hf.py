@@ -10,14 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_vespo.architecture.hf_config import CONFIG_FILE, Architecture, read_architecture, read_config_json
 from megatron_vespo.checkpoint.check import check_folder
-from megatron_vespo.checkpoint.conversion_pieces import all_finite
-from megatron_vespo.checkpoint.conversion_plan import bitwise_equal, fingerprint, name_of, row_blocks
-from megatron_vespo.checkpoint.conversion_run import OutputFile, Part
-from megatron_vespo.checkpoint.conversion_workers import Advance
 from megatron_vespo.checkpoint.direct_file import DirectWriter
 from megatron_vespo.checkpoint.forms import merge, split
-from megatron_vespo.checkpoint.hf_config import CONFIG_FILE, Architecture, read_architecture, read_config_json
 from megatron_vespo.checkpoint.manifest import TensorHash, TensorRecord, piece_hashes
 from megatron_vespo.checkpoint.mapping import Form, Place, Shape
 from megatron_vespo.checkpoint.output_folder import copy_companions, write_config
@@ -28,13 +24,17 @@ from megatron_vespo.checkpoint.tables import table_of
 from megatron_vespo.checkpoint.torch_dist_format import METADATA_FILE, StoredTensor, read_index
 from megatron_vespo.checkpoint.torch_dist_names import Region
 from megatron_vespo.checkpoint.torch_dist_read import PieceReader, locate
+from megatron_vespo.conversion.pieces import all_finite
+from megatron_vespo.conversion.plan import bitwise_equal, fingerprint, name_of, row_blocks
+from megatron_vespo.conversion.run import OutputFile, Part
+from megatron_vespo.conversion.workers import Advance
 
 DEFAULT_FILE_BYTES = 2 * 1000**3
 
 
 @dataclass(frozen=True)
 class ToHF:
-    """A `conversion_run.Conversion`. What is cached is read once in each process."""
+    """A `run.Conversion`. What is cached is read once in each process."""
 
     source: Path
     config_folder: Path

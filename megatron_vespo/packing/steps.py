@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_vespo.policy.balance import plan_micro_batches
-from megatron_vespo.policy.batch import MicroBatch, TrainingSequence, pack
-from megatron_vespo.policy.packing_rules import PackingRules, round_up
+from megatron_vespo.packing.balance import plan_micro_batches
+from megatron_vespo.packing.batch import MicroBatch, TrainingSequence, pack
+from megatron_vespo.packing.rules import PackingRules, round_up
 
 FILLER_KEY = -1
 

@@ -6,10 +6,10 @@ with the reason. Constraints of the layout alone are in `config.policy`.
 
 import math
 
-from megatron_vespo.checkpoint.hf_config import Architecture
+from megatron_vespo.architecture.compute_cost import attention_cost
+from megatron_vespo.architecture.hf_config import Architecture
 from megatron_vespo.config import ConfigError, PolicyConfig
-from megatron_vespo.policy.compute_cost import attention_cost
-from megatron_vespo.policy.packing_rules import PackingRules
+from megatron_vespo.packing.rules import PackingRules
 
 
 def require_fit(architecture: Architecture, policy: PolicyConfig) -> None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_vespo.checkpoint.hf_rope import positive_number, read_rope
+from megatron_vespo.architecture.hf_rope import positive_number, read_rope
 from megatron_vespo.config import ConfigError
 from megatron_vespo.errors import looked_in
 from megatron_vespo.routing.routes import RoutingShape

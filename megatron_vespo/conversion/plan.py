@@ -9,9 +9,9 @@ import torch
 import xxhash
 from torch import Tensor
 
-from megatron_vespo.checkpoint.hf_config import Architecture
+from megatron_vespo.architecture.hf_config import Architecture
+from megatron_vespo.architecture.layout_fit import padded_vocabulary, require_fit
 from megatron_vespo.config import LayoutConfig, PolicyConfig
-from megatron_vespo.policy.layout_fit import padded_vocabulary, require_fit
 
 BLOCK_BYTES = 256 * 1024**2
 """Larger tensors are read and written in blocks of rows: this bounds a process's memory, and not the tensors' size."""

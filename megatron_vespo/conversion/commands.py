@@ -7,13 +7,13 @@ from pathlib import Path
 
 import torch
 
-from megatron_vespo.checkpoint import conversion_to_hf, conversion_to_megatron
-from megatron_vespo.checkpoint.conversion_run import RunSettings, convert
-from megatron_vespo.checkpoint.conversion_to_hf import ToHF
-from megatron_vespo.checkpoint.conversion_to_megatron import HF_FOLDER, ToMegatron, require_equal_duplicates
-from megatron_vespo.checkpoint.conversion_workers import joined_ranks
-from megatron_vespo.checkpoint.hf_config import CONFIG_FILE, read_architecture
+from megatron_vespo.architecture.hf_config import CONFIG_FILE, read_architecture
 from megatron_vespo.config import ConfigError, LayoutConfig
+from megatron_vespo.conversion import to_hf, to_megatron
+from megatron_vespo.conversion.run import RunSettings, convert
+from megatron_vespo.conversion.to_hf import ToHF
+from megatron_vespo.conversion.to_megatron import HF_FOLDER, ToMegatron, require_equal_duplicates
+from megatron_vespo.conversion.workers import joined_ranks
 from megatron_vespo.errors import RunError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -40,7 +40,7 @@ def hf_to_megatron(
     strict: bool = False,
     overwrite: bool = False,
     processes: int | None = None,
-    file_bytes: int = conversion_to_megatron.DEFAULT_FILE_BYTES,
+    file_bytes: int = to_megatron.DEFAULT_FILE_BYTES,
 ) -> None:
     """Write the Hugging Face folder `source` as the torch_dist checkpoint `target`.
 
@@ -77,7 +77,7 @@ def megatron_to_hf(
     strict: bool = False,
     overwrite: bool = False,
     processes: int | None = None,
-    file_bytes: int = conversion_to_hf.DEFAULT_FILE_BYTES,
+    file_bytes: int = to_hf.DEFAULT_FILE_BYTES,
 ) -> None:
     """Write the weights in the torch_dist checkpoint `source` as the Hugging Face folder `target`.
 
@@ -100,7 +100,7 @@ def megatron_to_hf(
 
 
 def _verify_logits(hf: Path, megatron: Path, layout: LayoutConfig) -> None:
-    from megatron_vespo.checkpoint.verify_logits import compare_logits  # imports Megatron, which nothing else needs
+    from megatron_vespo.conversion.verify_logits import compare_logits  # imports Megatron, which nothing else needs
 
     found = compare_logits(hf, megatron, layout)
     figures = f"largest difference {found.largest_difference:.2g}, largest logit {found.largest_logit:.3g}"
