@@ -31,6 +31,8 @@ START_SECONDS = 20.0
 """How long W&B may take to answer when a run starts. Then the run is kept on disk."""
 FINISH_SECONDS = 10.0
 """How long it may send what is left at the end; under what Slurm grants after its SIGTERM (30 s) with all else to stop."""
+FLUSH_SECONDS = 1.0
+"""How old what is not on disk may be. A run that is resumed after the machine went down must find its checkpoint's rows."""
 KEY = "observability.wandb"
 
 Mode = Literal["online", "offline"]
@@ -203,6 +205,7 @@ def _settings(config: WandbConfig, root: Path, mode: Mode) -> wandb.Settings:
         x_save_requirements=False,
         x_disable_machine_info=True,
         x_disable_stats=True,
+        x_transaction_log_flush_interval=FLUSH_SECONDS,
         init_timeout=START_SECONDS,
         finish_timeout=FINISH_SECONDS,
         finish_timeout_raises=True,

@@ -77,7 +77,7 @@ def test_parts_kept_on_disk_become_one_run_when_they_are_uploaded(tmp_path, monk
     with serving() as (runs, _):
         monkeypatch.setenv("WANDB_BASE_URL", runs.url)
         command = [sys.executable, "-m", "wandb", "sync", str(tmp_path / "mine" / "wandb")]
-        done = subprocess.run(command, capture_output=True, text=True)
+        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)  # where it writes its logs
     assert done.returncode == 0, done.stdout + done.stderr
     assert losses(runs) == RESUMED_AFTER_2
 
