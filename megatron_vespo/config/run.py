@@ -49,6 +49,7 @@ class WandbConfig(Section):
     group: str | None = None
     """Runs of one group are shown together."""
     tags: tuple[str, ...] = ()
+    """Words to find the run by."""
     mode: Literal["online", "offline"] = "online"
     """`offline`: nothing leaves the host; `wandb sync RUN/wandb` uploads it later."""
 
