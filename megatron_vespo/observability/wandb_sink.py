@@ -81,10 +81,14 @@ class WandbSink:
             "config": settings,
         }
         self._stack = ExitStack()
-        self._run = self._start(config, arguments)
+        try:
+            self._run: wandb.Run | None = self._start(config, arguments)
+        except BaseException:
+            self._end_library()
+            raise
         _keep_identity(self._folder, config, known or identity["id"])
 
-    def _start(self, config: WandbConfig, arguments: dict[str, Any]) -> wandb.Run | None:
+    def _start(self, config: WandbConfig, arguments: dict[str, Any]) -> wandb.Run:
         """Online where that is asked for and can be; else on disk."""
         resumed = "resume_from" in arguments
         mode: Mode = config.mode
@@ -98,11 +102,11 @@ class WandbSink:
                 self._tell(f"W&B: {run.url}")
                 return run
             except (wandb.Error, TimeoutError, ValueError) as error:
-                self._end_library()
                 if not (resumed or _is_out_of_reach(error)):
                     raise ConfigError(
                         f"{KEY}: W&B refuses the run: {error}. run_dir is made already: overwrite=true replaces it"
                     ) from None
+                self._end_library()
                 self._tell(f"W&B did not answer as it should ({error}); the run goes on and is kept on disk")
         self._stack.enter_context(_library(config, self._folder.parent, "offline"))
         run = _refusals(lambda: self._init("offline", arguments))
@@ -186,7 +190,7 @@ def _library(config: WandbConfig, root: Path, mode: Mode) -> Iterator[None]:
 
 
 def _settings(config: WandbConfig, root: Path, mode: Mode) -> wandb.Settings:
-    """Nothing is printed, nothing captured, and nothing but the run's configuration and numbers is sent."""
+    """Nothing is printed or captured, and of code, git, packages and the host's load nothing is sent."""
     return wandb.Settings(
         project=config.project,
         entity=config.entity,
