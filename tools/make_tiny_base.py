@@ -190,17 +190,18 @@ def main() -> None:
     questions = write_demonstrations(demonstrations, seen, arguments.seed, recipe.careful_share)
     write_untrained_model(Path(settings.model.path), questions[:TOKENIZER_QUESTIONS], recipe.model)
     _command("sft", training, *changes, f"seed={arguments.seed}", "overwrite=true")
-    shutil.copytree(Path(settings.run_dir) / "checkpoint", out, dirs_exist_ok=True)
 
-    figures_file = Path(settings.run_dir) / "evaluation.json"
-    _command("eval", out, tasks, "--out", figures_file)
+    trained, figures_file = Path(settings.run_dir) / "checkpoint", Path(settings.run_dir) / "evaluation.json"
+    _command("eval", trained, tasks, "--out", figures_file)
     accuracy = json.loads(figures_file.read_text())["accuracy"]
     low, high = recipe.accuracy
-    print(f"{out}: accuracy {accuracy:.3f} on items it has not seen (should be {low:.2f} to {high:.2f})")
+    print(f"{trained}: accuracy {accuracy:.3f} on items it has not seen (should be {low:.2f} to {high:.2f})")
     if not low <= accuracy <= high:
         sys.exit(
-            f"this base leaves too little to learn, or to build on; try other steps in {training} or another --seed"
+            "this base leaves too little to learn, or to build on; "
+            f"try other steps in {arguments.recipe or training} or another --seed"
         )
+    shutil.copytree(trained, out, dirs_exist_ok=True)
 
 
 if __name__ == "__main__":

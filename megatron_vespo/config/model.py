@@ -41,6 +41,10 @@ class OptimizerConfig(Section):
     """Megatron parameter names (shell patterns) that don't decay."""
     gradient_clip: float = Field(default=1.0, ge=0)
     """Largest global gradient norm; 0 does not clip."""
+    scale_by_kept_gradient: bool = False
+    """Multiply each step's learning rate by the share of the gradient that the kernel lets through (exp of the metric
+    `gradient/log_kept`), at most 1. A kernel shrinks the gradient of data that the policy has moved away from, but Adam,
+    which divides by the gradient's size, takes steps of the old length again; this shortens them."""
 
     def own_problems(self) -> Iterator[tuple[str, str]]:
         if self.min_learning_rate > self.learning_rate:

@@ -153,6 +153,8 @@ class SFTConfig(Section):
     def own_problems(self) -> Iterator[tuple[str, str]]:
         if self.policy.reference is not None:
             yield "policy.reference", "supervised training has no KL term: leave it out"
+        if self.optimizer.scale_by_kept_gradient:
+            yield "optimizer.scale_by_kept_gradient", "supervised training has no kernel: leave it out"
         yield from self.optimizer.warmup_problems(self.steps)
 
 

@@ -46,6 +46,14 @@ def measured(
     return LossMetrics(sums, dict(zip(names, sequences, strict=True)))
 
 
+def gradient_mass(metrics: LossMetrics) -> Tensor:
+    """[2] float64: sums, over sequences with a response token in the loss, of the mean abs(phi A) of their tokens and of
+    abs(A). One divided by the other is the share of the gradient that the kernel lets through (`gradient/log_kept`)."""
+    names = ("abs_phi_advantage", "tokens", "advantage")
+    moved, tokens, advantage = (metrics.sequences[name].double() for name in names)
+    return torch.stack([(moved / tokens.clamp(min=1)).sum(), advantage[tokens > 0].abs().sum()])
+
+
 def measured_difference(log_probs: Tensor, other_log_probs: Tensor, response_mask: Tensor) -> dict[str, Tensor]:
     """How far one policy is from `other`, which sampled: [t] each, in sums like those of `LossMetrics`."""
     packed = Packed(response_mask, torch.tensor([0, len(response_mask)], device=response_mask.device))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megatron_vespo.checkpoint.hf_config import Architecture
 from megatron_vespo.config import ModelConfig, OptimizerConfig, PolicyConfig
-from megatron_vespo.objective.metrics import LossMetrics
+from megatron_vespo.objective.metrics import LossMetrics, gradient_mass
 from megatron_vespo.policy import parallel
 from megatron_vespo.policy.batch import MicroBatch, context_gather
 from megatron_vespo.policy.device import prepare_device
@@ -72,6 +72,7 @@ class MegatronPolicy:
         parallel.join(self.device, policy, rank=rank, world_size=world_size, master=master, seed=seed)
         self.context_parallel_group = parallel.context_parallel_group()
         self._settings = policy
+        self._scale_by_kept_gradient = optimizer.scale_by_kept_gradient
         self._rank = rank
         self._frozen: FrozenWeights | None = None
         self._bare = build_model(architecture, model, policy, self.device, temperature)
@@ -122,9 +123,11 @@ class MegatronPolicy:
             RuntimeError: a gradient is not finite (from Megatron); the weights are unchanged.
             ReplayError: a route was not used exactly once.
         """
-        learning_rate = self.optimizer.param_groups[0]["lr"]
         started = time.perf_counter()
         told = self._backward(micro_batches, loss, with_entropy, routes)
+        if self._scale_by_kept_gradient:
+            self._scale_rate(told)
+        learning_rate = self.optimizer.param_groups[0]["lr"]
         forward_backward_done = time.perf_counter()
         succeeded, gradient_norm, _ = self.optimizer.step()  # type: ignore[misc]
         if not succeeded:
@@ -295,6 +298,17 @@ class MegatronPolicy:
         if self.context_parallel_group is None or self.context_parallel_group.rank() == 0:
             return output.keys, output.metrics
         return (), LossMetrics(sums=output.metrics.sums)
+
+    def _scale_rate(self, outputs: list[LossOutput]) -> None:
+        """By the share of the gradient that the kernel lets through, for the step that comes; the scheduler sets the next
+        one's rate anew."""
+        totals = torch.zeros(2, dtype=torch.float64, device=self.device.torch_device)
+        for output in outputs:
+            totals += gradient_mass(output.metrics)
+        dist.all_reduce(totals)  # ranks that share a sequence count it as often in both
+        kept, whole = totals.tolist()
+        for group in self.optimizer.param_groups:
+            group["lr"] *= min(1.0, kept / whole) if whole > 0 else 1.0
 
     def _global_sums(self, outputs: list[LossOutput]) -> tuple[float, float]:
         totals = torch.zeros(2, dtype=torch.float64, device=self.device.torch_device)

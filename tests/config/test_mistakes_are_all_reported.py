@@ -129,6 +129,15 @@ def test_missing_and_unreadable_files_are_named(tmp_path):
         load_config(SFTConfig, broken)
 
 
+def test_supervised_training_refuses_what_only_an_objective_has():
+    with pytest.raises(ConfigError) as refused:
+        load_config(
+            SFTConfig, "examples/tiny_base.sft.yaml", ["optimizer.scale_by_kept_gradient=true", "policy.reference={}"]
+        )
+    assert "optimizer.scale_by_kept_gradient: supervised training has no kernel" in str(refused.value)
+    assert "policy.reference: supervised training has no KL term" in str(refused.value)
+
+
 def test_importing_the_configuration_loads_neither_torch_nor_ray():
     code = "import sys, megatron_vespo.config; sys.exit(bool({'torch', 'ray', 'megatron'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -20,7 +20,7 @@ from megatron_vespo.objective.diagnostics import (
 )
 from megatron_vespo.objective.gradient_variance import gradient_variance
 from megatron_vespo.objective.kernels import largest_coefficient
-from megatron_vespo.objective.metrics import measured_difference
+from megatron_vespo.objective.metrics import gradient_mass, measured_difference
 
 
 def step(config=None, **further):
@@ -46,6 +46,19 @@ def trajectories(data):
             phi = math.exp(c1 * log_weight + c2 * (1 - math.exp(log_weight)))
             found.append((log_weight, phi, advantage, len(chosen)))
     return found
+
+
+def test_the_mass_of_the_gradient_that_rates_are_scaled_by():
+    data = batch(3, lengths=tuple(range(2, 42)), spread=0.4)
+    data.response_mask[slice(*data.bounds()[4])] = False  # masked whole: in neither sum
+    _, _, metrics = loss_and_gradient(ObjectiveConfig(), data)
+    kept, whole = gradient_mass(metrics).tolist()
+    known = trajectories(data)
+    assert len(known) < len(data.bounds())
+    assert kept == pytest.approx(sum(phi * abs(advantage) for _, phi, advantage, _ in known), rel=1e-5)
+    assert whole == pytest.approx(sum(abs(advantage) for _, _, advantage, _ in known), rel=1e-5)
+    row = weight_diagnostics({name: values.double().numpy() for name, values in metrics.sequences.items()})
+    assert math.log(kept / whole) == pytest.approx(row["gradient/log_kept"], abs=1e-6)
 
 
 def test_weights_and_coefficients_by_sign_of_the_advantage():

@@ -98,9 +98,11 @@ def test_the_norm_of_a_gradient_is_found_without_learning(ranks, world_size, ep)
         assert unchanged
 
 
+@pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize(("world_size", "ep"), [(1, 1), (2, 2)])
-def test_updates_over_several_steps(ranks, world_size, ep):
-    """AdamW with clipping, decay but for the exempt, warm-up and a linear schedule, as torch.optim.AdamW has them."""
+def test_updates_over_several_steps(ranks, world_size, ep, scaled):
+    """AdamW with clipping, decay but for the exempt, warm-up and a linear schedule, as torch.optim.AdamW has them; with
+    `scale_by_kept_gradient`, each rate is the schedule's times the share that the kernel lets through."""
     architecture = policy_examples.architecture()
     model = float64_reference(architecture)
     settings = OptimizerConfig(
@@ -112,6 +114,7 @@ def test_updates_over_several_steps(ranks, world_size, ep):
         gradient_clip=0.3,
         betas=(0.8, 0.9),
         epsilon=1e-6,
+        scale_by_kept_gradient=scaled,
     )
     setup = policy_jobs.Setup(
         architecture,
@@ -124,7 +127,9 @@ def test_updates_over_several_steps(ranks, world_size, ep):
     trained = ranks.run(world_size, policy_jobs.train, setup, [batches] * 4)
 
     before = policy_reference.named_weights(model)
-    rates = [2e-3 / 3, 4e-3 / 3, 2e-3, 2e-3 - 1.9e-3 / 3]
+    share = kept_share(sequences_in(batches)) if scaled else 1.0
+    assert share == 1.0 or 0.1 < share < 0.9
+    rates = [share * rate for rate in (2e-3 / 3, 4e-3 / 3, 2e-3, 2e-3 - 1.9e-3 / 3)]
     train_reference(model, settings, rates, sequences_in(batches))
     after = policy_reference.named_weights(model)
     for rank, answer in enumerate(trained):
@@ -135,6 +140,14 @@ def test_updates_over_several_steps(ranks, world_size, ep):
         end = policy_reference.to_megatron(after, architecture, experts)
         found = {name: answer.weights[name].double() - start[name] for name in start}
         assert_close_per_tensor(found, {name: end[name] - start[name] for name in start}, relative=1e-4)
+
+
+def kept_share(sequences):
+    """Mean abs(phi A) over mean abs(A), of the sequences that have a token in the loss."""
+    some = [sequence for sequence in sequences if any(sequence.label_mask)]
+    sizes = [abs(sequence.advantage) for sequence in some]
+    kept = [policy_jobs.KEPT[sequence.key] * size for sequence, size in zip(some, sizes, strict=True)]
+    return sum(kept) / sum(sizes)
 
 
 def train_reference(model, settings, rates, sequences):
