@@ -36,6 +36,7 @@ setup(
         "markupsafe",
     ],
     extras_require={
+        "wandb": ["wandb>=0.31"],
         "cuda": ["sglang==0.5.23", "transformer-engine[pytorch]"],
         "dev": ["pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "ruff", "pyright", "trl", "mkdocs-material"],
     },

@@ -35,6 +35,7 @@ from megatron_vespo.config.run import (
     SFTConfig,
     SinksConfig,
     TrainConfig,
+    WandbConfig,
 )
 from megatron_vespo.config.section import Section
 from megatron_vespo.errors import ConfigError
@@ -81,6 +82,7 @@ __all__ = [
     "SinksConfig",
     "Source",
     "TrainConfig",
+    "WandbConfig",
     "WeightSyncConfig",
     "load_config",
     "load_tasks",

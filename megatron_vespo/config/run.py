@@ -37,11 +37,30 @@ class EvaluationConfig(Section):
             yield f"{key}.sampling.min_p", "SGLang has no min_p with seeds (rollout.deterministic): set it to 0"
 
 
+class WandbConfig(Section):
+    """A run of Weights & Biases. Who logs in, and where, is its own affair: `wandb login`, or WANDB_API_KEY."""
+
+    project: str = Field(min_length=1)
+    """Made by W&B where there is none of this name."""
+    entity: str | None = None
+    """Team or user that has the project; none: the default of who is logged in."""
+    name: str | None = None
+    """Of the run; none: the name of `run_dir`."""
+    group: str | None = None
+    """Runs of one group are shown together."""
+    tags: tuple[str, ...] = ()
+    """Words to find the run by."""
+    mode: Literal["online", "offline"] = "online"
+    """`offline`: nothing leaves the host; `wandb sync RUN/wandb` uploads it later."""
+
+
 class SinksConfig(Section):
     console: Literal["auto", "live", "plain"] = "auto"
     """`live` redraws one view, `plain` prints a line per step; `auto` is live on a terminal."""
     tensorboard: bool = True
     """Write its files too, into `run_dir`/tensorboard."""
+    wandb: WandbConfig | None = None
+    """Send the same numbers to Weights & Biases; its own files are in `run_dir`/wandb. Needs `pip install wandb`."""
 
 
 class ObservabilityConfig(SinksConfig):

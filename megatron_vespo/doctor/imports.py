@@ -32,6 +32,7 @@ LIBRARIES = (
     Library("math_verify", "math-verify", "scorer math_verify grades nothing", "warning"),
     Library("reasoning_gym", "reasoning-gym", "no reasoning-gym task, no exact_match", "warning"),
     Library("tensorboard.summary.writer.event_file_writer", "tensorboard", "no TensorBoard files", "warning"),
+    Library("wandb", "wandb", "no run of Weights & Biases", "warning"),
 )
 
 

@@ -1,4 +1,4 @@
-"""Where measurements go: plain JSON lines always, and what else is asked for (`tensorboard_sink`).
+"""Where measurements go: plain JSON lines always, and what else is asked for (`tensorboard_sink`, `wandb_sink`).
 
 A row is a flat mapping with `kind`, `step` (optimizer steps done) and `timestamp` (Unix seconds); docs/metrics.md names
 every other key, and in what two runs of one seed differ.
@@ -28,7 +28,8 @@ class MetricSink(Protocol):
 
     def write_routing(self, step: int, arrays: Mapping[str, Sequence[float]]) -> None: ...
 
-    def close(self) -> None: ...
+    def close(self, failure: BaseException | None = None) -> None:
+        """`failure`: what ended the run; None: it came to its end."""
 
 
 class Metrics:
@@ -72,15 +73,24 @@ class Metrics:
         for sink in self.sinks:
             sink.write_routing(int(step), vectors)
 
-    def close(self) -> None:
+    def close(self, failure: BaseException | None = None) -> None:
         for sink in self.sinks:
-            sink.close()
+            sink.close(failure)
 
     def __enter__(self) -> "Metrics":
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: object, failure: BaseException | None, trace: object) -> None:
+        self.close(failure)
+
+
+def charted(row: Row) -> dict[str, float]:
+    """What is drawn over steps: a row's numbers as `<kind>/<name>`. Text is left to metrics.jsonl."""
+    return {
+        f"{row['kind']}/{name}": float(value)
+        for name, value in row.items()
+        if name not in ("step", "timestamp") and isinstance(value, (bool, int, float))
+    }
 
 
 def plain(name: str, value: Any) -> str | bool | int | float | None:
@@ -122,7 +132,7 @@ class JsonlSink:
             self.routing = _open_for_whole_lines(self.folder / "routing.jsonl")
         _write_vectors(self.routing, {"step": step}, arrays)
 
-    def close(self) -> None:
+    def close(self, failure: BaseException | None = None) -> None:
         for file in (self.metrics, self.weights, self.routing):
             if file is not None:
                 file.close()

@@ -11,13 +11,13 @@ from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore[repo
 from tensorboard.plugins.histogram.summary_v2 import histogram_pb
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
-from megatron_vespo.observability.sinks import Row
+from megatron_vespo.observability.sinks import Row, charted
 
 
 class TensorBoardSink:
     """Event files for `tensorboard --logdir`, by TensorBoard's own writer: torch stays out of the driver.
 
-    A number becomes the scalar `<kind>/<name>` at its step; text is left to metrics.jsonl. Vectors become histograms.
+    Numbers of a row become scalars at its step (`charted`). Vectors become histograms.
     """
 
     def __init__(self, folder: str | Path, resumed_after: int | None = None):
@@ -27,11 +27,7 @@ class TensorBoardSink:
             self.writer.add_event(Event(wall_time=time.time(), step=resumed_after + 1, session_log=start))
 
     def write(self, row: Row) -> None:
-        values = [
-            Summary.Value(tag=f"{row['kind']}/{name}", simple_value=float(value))
-            for name, value in row.items()
-            if name not in ("step", "timestamp") and isinstance(value, (bool, int, float))
-        ]
+        values = [Summary.Value(tag=name, simple_value=value) for name, value in charted(row).items()]
         self.writer.add_event(Event(wall_time=row["timestamp"], step=row["step"], summary=Summary(value=values)))
         self.writer.flush()
 
@@ -47,5 +43,5 @@ class TensorBoardSink:
     def write_routing(self, step: int, arrays: Mapping[str, Sequence[float]]) -> None:
         """The means over layers are among the metrics of the step."""
 
-    def close(self) -> None:
+    def close(self, failure: BaseException | None = None) -> None:
         self.writer.close()

@@ -25,6 +25,7 @@ from megatron_vespo.data.sources import numbered_sources
 from megatron_vespo.data.tokenizer import ChatTokenizer, load_tokenizer
 from megatron_vespo.objective.advantages import advantage_function
 from megatron_vespo.objective.kernels import custom_function
+from megatron_vespo.observability.open_metrics import check_sinks
 from megatron_vespo.orchestration.engine import engine_settings
 from megatron_vespo.rewards.scorers import build_environments, build_scorers
 from megatron_vespo.rollout.server import EngineServer
@@ -42,7 +43,8 @@ class Prepared:
 
 
 def prepare_training(config: TrainConfig) -> Prepared:
-    """Raises ConfigError for whatever is wrong with the model's folder, the tokenizer, the tasks or the sizes."""
+    """Raises ConfigError for whatever is wrong with the model's folder, the tokenizer, the tasks, the sizes or the sinks."""
+    check_sinks(config.observability)
     architecture, checkpoint_bytes = check_model(config.model, config.policy)
     check_functions(config.algorithm)
     check_routing(config, architecture)

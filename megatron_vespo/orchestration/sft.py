@@ -10,7 +10,7 @@ from megatron_vespo.config import SFTConfig
 from megatron_vespo.data.demonstrations import load_demonstrations
 from megatron_vespo.data.tokenizer import load_tokenizer
 from megatron_vespo.observability.console import RunConsole
-from megatron_vespo.observability.open_metrics import open_metrics
+from megatron_vespo.observability.open_metrics import check_sinks, open_metrics
 from megatron_vespo.observability.sinks import Metrics
 from megatron_vespo.orchestration.cluster import gpus_per_process, interface_of
 from megatron_vespo.orchestration.interruption import run_interruptible
@@ -29,6 +29,7 @@ def run_sft(config: SFTConfig, console: RunConsole) -> Path:
         RunError: the run failed or was stopped.
     """
     interface = interface_of(config.cluster)
+    check_sinks(config.observability)
     architecture, checkpoint_bytes = check_model(config.model, config.policy)
     tokenizer = load_tokenizer(config.model.path)
     demonstrations = load_demonstrations(config.demonstrations, tokenizer)
@@ -45,7 +46,7 @@ def run_sft(config: SFTConfig, console: RunConsole) -> Path:
             target = str(folder / "checkpoint")
             await policy.on_all("export the checkpoint", lambda actor, _: actor.export.remote(target, overwrite=False))
 
-    with open_metrics(folder, config.observability.tensorboard) as metrics:
+    with open_metrics(folder, config, console.event) as metrics:
         run_interruptible(main)
     return folder / "checkpoint"
 

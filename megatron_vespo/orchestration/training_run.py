@@ -98,7 +98,7 @@ def recorded(
         return write_report(folder)
 
     resumed_after = None if checkpoint is None else step_of(checkpoint)
-    with open_metrics(folder, config.observability.tensorboard, resumed_after) as metrics:
+    with open_metrics(folder, config, console.event, resumed_after) as metrics:
         record = Record(metrics)
         try:
             yield record

@@ -12,7 +12,7 @@ PAGES = tuple(
 )
 PROGRAMS = (
     *("megatron-vespo", "make", "python", "python3.11", "torchrun", "sbatch", "srun", "sinfo", "squeue", "scontrol"),
-    *("scancel", "hf", "git", "cd", "source", "mkdir", "pip", "export", "sudo", "apt-get", "ray"),
+    *("scancel", "hf", "git", "cd", "source", "mkdir", "pip", "export", "sudo", "apt-get", "ray", "wandb"),
 )
 """What a line of a block starts with if it is a command (see `is_command`)."""
 

@@ -121,7 +121,7 @@ def understand(words: list[str], command: Command, monkeypatch) -> None:
     elif program in ("python", "torchrun"):
         understand_script(rest, command, monkeypatch)
     else:  # a program of others
-        assert program in ("srun", "squeue", "scontrol", "scancel") or text_is_listed(command.text) in (
+        assert program in ("srun", "squeue", "scontrol", "scancel", "wandb") or text_is_listed(command.text) in (
             "installation",
             "network",
         ), program
