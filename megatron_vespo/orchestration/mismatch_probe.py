@@ -25,5 +25,5 @@ async def measure_mismatch(session: Session) -> None:
     scores = await session.policy.score(sequences, routes=routes)
     for trajectory, score in zip(trajectories, scores, strict=True):
         trajectory.proximal_log_probs = response_log_probs(trajectory, score)
-    figures = mismatch_figures(session, *engine_mismatch(trajectories))
+    figures = mismatch_figures(session.tally, session.console, *engine_mismatch(trajectories))
     session.record("mismatch", step, figures | await probe_batch(session, groups))

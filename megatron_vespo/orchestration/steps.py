@@ -72,9 +72,9 @@ def record_step(
     if max(ages) > 0:
         differences = difference_diagnostics(report.sums, "drift")
     elif algorithm.old_policy == "proximal":  # W is against the trainer itself, and has nothing of the engine
-        differences = mismatch_figures(session, *engine_mismatch(trajectories))
+        differences = mismatch_figures(session.tally, session.console, *engine_mismatch(trajectories))
     else:
-        differences = mismatch_figures(session, report.sums, weights["log_weight/std"])
+        differences = mismatch_figures(session.tally, session.console, report.sums, weights["log_weight/std"])
     session.record(
         "step",
         step,
