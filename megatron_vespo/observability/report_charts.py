@@ -249,7 +249,9 @@ def throughput(run: RunFolder) -> Figure | None:
     plot.line("generated", column(rollouts, "step"), generated, "blue")
     plot.line("trained", column(steps, "step"), trained, "green")
     caption = (
-        "Response tokens a second while generating, and while training. A slope usually follows the response length."
+        "Response tokens a second: of responses that were completed since the step before, and while training."
+        if run.asynchronous
+        else "Response tokens a second while generating, and while training. A slope usually follows the response length."
     )
     return Figure("throughput", "Throughput", caption, plot.html())
 

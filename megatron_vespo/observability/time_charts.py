@@ -11,7 +11,7 @@ MOST_BARS = 60
 PARTS = (
     ("generate", "blue"),
     ("wait for rewards", "violet"),
-    ("wait for groups", "axis"),
+    ("wait for groups", "age0"),
     ("train", "green"),
     ("sync weights", "orange"),
 )
