@@ -149,9 +149,8 @@ def draw(measure: Measure, variants: Sequence[Variant]) -> Figure | None:
         y = log_axis(heights, measure.label)
     else:
         y = linear_axis(heights, measure.label, include=measure.include, form=measure.form)
-    caption = measure.caption + (
-        BATCHES if any(run.asynchronous for variant in variants for run in variant.runs) else ""
-    )
+    asynchronous = any(run.asynchronous for variant in variants for run in variant.runs)
+    caption = measure.caption + (BATCHES if asynchronous and "batch" in measure.caption else "")
     caption += f" Each point is a mean over {width} steps." if width > 1 else ""
     if len(panels) == 1:
         plot = VariantPlot(x, y, f"{measure.title} over steps", HEIGHT, form=measure.form)

@@ -40,7 +40,7 @@ def _numerics(run: RunFolder) -> list[str]:
         found.append(f"The loss or the gradient was not finite at {len(bad)} steps, first at step {bad[0]}.")
     alarms = [row for row in run.kind(*MISMATCH_KINDS) if row.get("alarm/mismatch")]
     if alarms:
-        # A synchronous run of before this figure was recorded has it as that of W, but for `old_policy: proximal`.
+        # Where a run is older than this figure, it is that of W, but for `old_policy: proximal`.
         widest = max(row.get("mismatch/log_weight_std", row.get("log_weight/std")) or 0.0 for row in alarms)
         extent = f"reached {widest:.2f} (alarm: 0.5)" if widest > 0.5 else "was above 0.5"
         found.append(

@@ -63,7 +63,8 @@ def routing_rows(variants: Sequence[Variant]) -> list[dict[str, Any]]:
     Returns:
         For each variant also `replay`, `engine_dtype`, `router_noise`, and for each name of MEASURED `mean`, `min`, `max`
         and `n`; in each of its `runs` the number itself, None where the run did not come to measure it.
-        Of the probed trajectories of each rollout batch (asynchronous: of each comparison at equal weights), as a mean: `k1_`, `k3_`, `share_above_ln2_` of
+        Of the probed trajectories of each rollout batch (asynchronous: of each comparison at equal weights), as a mean
+        over these: `k1_`, `k3_`, `share_above_ln2_` of
         engine against trainer, who routes by itself (`native`) or as the engine did (`replayed`); `k3_lowered_by`, the
         ratio of the two k3; `same_set_equal_versions`, share of (position, layer) for which both choose the same experts.
         `k3_trained_on`: with the routes that training used, all trajectories, mean over what was compared at equal
