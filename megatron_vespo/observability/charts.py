@@ -199,16 +199,20 @@ class Plot:
             self._remember(name, colour, xs, texts)
 
     def band(self, name: str, xs: Values, lows: Values, highs: Values, colour: str, opacity: float = 0.18) -> None:
-        """The area between two lines."""
+        """The area between two lines, with its own hover text."""
+        self.fill_between(xs, lows, highs, colour, opacity)
+        self._legend.append((name, colour, "band", min(1.0, 2 * opacity)))
+        pairs = zip(lows, highs, strict=True)
+        texts = [f"{self.form(a)} to {self.form(b)}" if a is not None and b is not None else None for a, b in pairs]
+        self._remember(name, colour, xs, texts)
+
+    def fill_between(self, xs: Values, lows: Values, highs: Values, colour: str, opacity: float) -> None:
+        """The area between two lines, with neither hover text nor a place in the legend."""
         for run in self._runs(xs, lows, highs):
             there = [self._point(x, high) for x, _, high in run]
             back = [self._point(x, low) for x, low, _ in reversed(run)]
             path = "M" + "L".join(there + back) + "z"
             self._shapes.append(f'<path d="{path}" style="fill:var(--{colour});opacity:{opacity}"/>')
-        self._legend.append((name, colour, "band", min(1.0, 2 * opacity)))
-        pairs = zip(lows, highs, strict=True)
-        texts = [f"{self.form(a)} to {self.form(b)}" if a is not None and b is not None else None for a, b in pairs]
-        self._remember(name, colour, xs, texts)
 
     def dots(self, name: str, xs: Values, ys: Values, colour: str, size: float = 5, opacity: float = 1.0) -> None:
         """Round dots (zero-length strokes with round ends: they stay round however the area is stretched)."""

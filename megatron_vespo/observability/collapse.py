@@ -26,7 +26,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_vespo.observability.run_folder import RunFolder, column
+from megatron_vespo.observability.run_folder import Rows, RunFolder, column
 
 WINDOW = 8
 LOST_SHARE = 0.5
@@ -108,7 +108,11 @@ def trained_tokens(run: RunFolder) -> int:
 
 def points(run: RunFolder, kind: str, name: str) -> Points:
     """One measurement of a run over optimizer steps, without what is missing or not finite."""
-    rows = run.kind(kind)
+    return points_of(run.kind(kind), name)
+
+
+def points_of(rows: Rows, name: str) -> Points:
+    """The same of rows."""
     found = zip(column(rows, "step"), column(rows, name), strict=True)
     return sorted({step: y for step, y in found if step is not None and y is not None and math.isfinite(y)}.items())
 
@@ -123,14 +127,23 @@ def batch_means(run: RunFolder, name: str) -> Points:
     return sorted((min(steps)[0], sum(value for _, value in steps) / len(steps)) for steps in batches.values())
 
 
-def last_mini_batches(run: RunFolder, name: str) -> Points:
-    """A measurement of steps at the last mini-batch of each rollout batch, where the data is stalest.
+def stalest_steps(run: RunFolder, name: str) -> Points:
+    """A measurement of steps where the data of each rollout batch is stalest: at its last mini-batch. Asynchronous: at
+    the stalest of the steps between two weight updates, the last one of several.
 
-    A batch that a run did not finish has no such step and is left out.
+    A batch that a run did not finish is left out.
     """
-    last = max((row["mini_batch"] for row in run.kind("step") if "mini_batch" in row), default=None)
-    found = {row["step"]: _finite(row.get(name)) for row in run.kind("step") if row.get("mini_batch") == last}
-    return sorted((float(step), value) for step, value in found.items() if value is not None)
+    batches: dict[int, list[dict]] = {}
+    for row in run.kind("step"):
+        if "mini_batch" in row:
+            batches.setdefault(row["batch"], []).append(row)
+    last = max((row["mini_batch"] for rows in batches.values() for row in rows), default=None)
+    found = {}
+    for rows in batches.values():
+        if any(row["mini_batch"] == last for row in rows):
+            stalest = max(rows, key=lambda row: (row.get("staleness", 0) if run.asynchronous else 0, row["step"]))
+            found[float(stalest["step"])] = _finite(stalest.get(name))
+    return sorted((step, value) for step, value in found.items() if value is not None)
 
 
 @dataclass(frozen=True)

@@ -1,17 +1,12 @@
 """A page that compares variants, each with a run for every seed, and the same comparison as plain data."""
 
 import json
-import os
+import os.path
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from math import isfinite
 from pathlib import Path
-from statistics import mean, median
 from typing import Any
 from urllib.parse import quote
-
-from jinja2 import Environment
-from markupsafe import Markup
 
 from megatron_vespo.config import ConfigError
 from megatron_vespo.observability.collapse import (
@@ -20,9 +15,10 @@ from megatron_vespo.observability.collapse import (
     collapse,
     final_accuracy,
     generated_tokens,
-    last_mini_batches,
     points,
+    points_of,
     smoothed,
+    stalest_steps,
     status,
     trained_tokens,
     wall_seconds,
@@ -42,10 +38,10 @@ from megatron_vespo.observability.comparison_grid import (
     grid_table,
     last_of,
 )
-from megatron_vespo.observability.report_charts import Figure
-from megatron_vespo.observability.run_folder import RunFolder, column
+from megatron_vespo.observability.pages import shown, write_page
+from megatron_vespo.observability.run_folder import PROBE_KINDS, RunFolder, rhythm
+from megatron_vespo.observability.table_figures import NOT_SET, cell, mean_of, median_of, spread_of
 
-HERE = Path(__file__).parent
 COSTS = ("wall_seconds", "generated_tokens", "trained_tokens")
 ROUTING = ("probe_k3_native", "probe_k3_replayed")
 MEASURED = (
@@ -55,7 +51,6 @@ MEASURED = (
 )
 """Numbers of a run that a variant has mean, least and largest of."""
 NOT_COMPARED = ("run_dir", "seed")
-NOT_SET = "–"
 
 
 def _percent(value: float) -> str:
@@ -93,13 +88,11 @@ def write_comparison(path: str | Path, title: str, variants: Sequence[Variant], 
         raise ConfigError(f"{path}: no run to compare. Give the folders of at least one run")
     path = Path(path)
     rows, arrangement = comparison_rows(variants), arranged(variants)
-    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    template = environment.from_string((HERE / "comparison.html").read_text(encoding="utf-8"))
-    page = template.render(
+    return write_page(
+        path,
+        "comparison.html",
         title=title,
         note=note,
-        css=Markup((HERE / "report.css").read_text(encoding="utf-8")),
-        script=Markup((HERE / "report.js").read_text(encoding="utf-8")),
         subtitle=_subtitle(variants),
         palette=palette(len(arrangement.lines)),
         legend=[(colour_of(index), line) for index, line in enumerate(arrangement.lines)],
@@ -113,11 +106,6 @@ def write_comparison(path: str | Path, title: str, variants: Sequence[Variant], 
         differences=config_differences(variants),
         mixed=mixed_settings(variants),
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".html.partial")
-    temporary.write_text(page, encoding="utf-8")
-    os.replace(temporary, path)
-    return path
 
 
 def comparison_rows(variants: Sequence[Variant]) -> list[dict[str, Any]]:
@@ -144,9 +132,7 @@ def comparison_rows(variants: Sequence[Variant]) -> list[dict[str, Any]]:
         }
         for name in MEASURED:
             counted = [run for run in runs if name not in COSTS or run["status"] == "finished"]
-            there = [run[name] for run in counted if run[name] is not None]
-            ends = (mean(there), min(there), max(there)) if there else (None, None, None)
-            row[name] = {**dict(zip(("mean", "min", "max"), ends, strict=True)), "n": len(there)}
+            row[name] = spread_of([run[name] for run in counted])
         rows.append({**row, "runs": runs})
     return rows
 
@@ -167,8 +153,8 @@ def _run_row(run: RunFolder) -> dict[str, Any]:
         "accuracy_latest": latest,
         "accuracy_latest_step": latest_step,
         "accuracy_over_steps": [list(evaluation) for evaluation in evaluations],
-        "log_weight_std": _median(run, "log_weight/std"),
-        "ess": _median(run, "ess"),
+        "log_weight_std": _at_stalest(run, "log_weight/std"),
+        "ess": _at_stalest(run, "ess"),
         "response_length": _at_end(run, "response/length_mean"),
         **{name: _probe_k3(run, name) for name in ROUTING},
         "wall_seconds": wall_seconds(run),
@@ -177,17 +163,14 @@ def _run_row(run: RunFolder) -> dict[str, Any]:
     }
 
 
-def _median(run: RunFolder, name: str) -> float | None:
-    """Over rollout batches, at the last mini-batch: single batches can be far out, and a mean would show only them."""
-    values = [value for _, value in last_mini_batches(run, name)]
-    return median(values) if values else None
+def _at_stalest(run: RunFolder, name: str) -> float | None:
+    """Median over rollout batches: single batches can be far out, and a mean would show only them."""
+    return median_of(stalest_steps(run, name))
 
 
 def _probe_k3(run: RunFolder, name: str) -> float | None:
-    """Mean over rollout batches of engine against trainer at equal weights, without or with the engine's routes."""
-    values = column(run.kind("rollout"), f"routing_probe/{name.removeprefix('probe_k3_')}/k3")
-    there = [value for value in values if value is not None and isfinite(value)]
-    return mean(there) if there else None
+    """Mean over probes of engine against trainer at equal weights, without or with the engine's routes."""
+    return mean_of(points_of(run.kind(*PROBE_KINDS), f"routing_probe/{name.removeprefix('probe_k3_')}/k3"))
 
 
 def _at_end(run: RunFolder, name: str) -> float | None:
@@ -242,13 +225,10 @@ def _flat(config: dict[str, Any]) -> dict[str, str]:
 
 
 def _sections(variants: Sequence[Variant]) -> list[dict[str, Any]]:
-    def figures(found: Sequence[Figure | None]) -> list[dict[str, Any]]:
-        return [{**vars(figure), "body": Markup(figure.body)} for figure in found if figure is not None]
-
     sections = [
-        ("learning", "Learning", figures([draw(measure, variants) for measure in LEARNING])),
-        ("correction", "Off-policy correction", figures([draw(measure, variants) for measure in CORRECTION])),
-        ("time", "Cost", figures([cost(variants)])),
+        ("learning", "Learning", shown(draw(measure, variants) for measure in LEARNING)),
+        ("correction", "Off-policy correction", shown(draw(measure, variants) for measure in CORRECTION)),
+        ("time", "Cost", shown([cost(variants)])),
     ]
     return [{"id": name, "title": title, "figures": drawn} for name, title, drawn in sections if drawn]
 
@@ -263,12 +243,12 @@ def _subtitle(variants: Sequence[Variant]) -> str:
 
     sources = shared("data.sources") or []
     tasks = [source.get("task") or source.get("path") or source.get("target") for source in sources]
-    steps, staleness = shared("algorithm.steps"), shared("algorithm.staleness")
+    steps, rhythms = shared("algorithm.steps"), {rhythm(run) for run in runs}
     parts = [
         " + ".join(str(task) for task in tasks if task),
         shared("model.path"),
         shared("algorithm.objective.kernel.name"),
-        f"{staleness} steps a rollout batch" if staleness else None,
+        rhythms.pop() if len(rhythms) == 1 else None,
         f"{steps:,} steps" if steps else None,
         f"{len(runs)} runs" if len(runs) > 1 else "1 run",
     ]
@@ -318,7 +298,7 @@ def _heat(rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
         there = [row["accuracy_final"]["mean"] for row in at if row is not None and row["accuracy_final"]["n"]]
         cells = []
         for row in at:
-            mean, below = _cell(row["accuracy_final"], row["seeds"], _percent) if row is not None else (NOT_SET, "")
+            mean, below = cell(row["accuracy_final"], row["seeds"], _percent) if row is not None else (NOT_SET, "")
             value = None if row is None else row["accuracy_final"]["mean"]
             cells.append(
                 {
@@ -347,7 +327,7 @@ def _table(rows: Sequence[dict[str, Any]], variants: Sequence[Variant], page_fol
                 "seeds": row["seeds"],
                 "finished": row["finished"],
                 "collapsed": row["collapsed"],
-                "cells": {name: _cell(row[name], row["seeds"], form) for name, _, form in COLUMNS},
+                "cells": {name: cell(row[name], row["seeds"], form) for name, _, form in COLUMNS},
                 "dots": [place(value) for value in finals],
                 "before": None if row["accuracy_before"]["mean"] is None else place(row["accuracy_before"]["mean"]),
                 "runs": [
@@ -356,15 +336,6 @@ def _table(rows: Sequence[dict[str, Any]], variants: Sequence[Variant], page_fol
             }
         )
     return table
-
-
-def _cell(spread: dict[str, Any], runs: int, form: Callable[[float], str]) -> tuple[str, str]:
-    """(mean, what stands below it: least to largest, and of how many runs if not of all)."""
-    if not spread["n"]:
-        return NOT_SET, ""
-    below = [f"{form(spread['min'])} to {form(spread['max'])}"] if spread["n"] > 1 else []
-    below += [f"n {spread['n']} of {runs}"] if spread["n"] < runs else []
-    return form(spread["mean"]), ", ".join(below)
 
 
 def _run_line(row: dict[str, Any], run: RunFolder, page_folder: Path) -> dict[str, Any]:

@@ -9,8 +9,8 @@ from megatron_vespo.observability.charts import Plot, linear_axis, log_axis, per
 from megatron_vespo.observability.collapse import (
     Points,
     batch_means,
-    last_mini_batches,
     points,
+    stalest_steps,
     status,
     wall_seconds,
 )
@@ -24,6 +24,7 @@ HEIGHT = 270
 PANEL_HEIGHT = 190
 THIN = "stroke-width:1px;opacity:0.5"
 REST = "start-up and the rest"
+BATCHES = " Where a run is asynchronous, a batch is what lies between two weight updates."
 PHASES = (*PARTS, ("evaluate", "red"), (REST, "grid-strong"))
 
 PALETTE = (
@@ -119,11 +120,7 @@ class VariantPlot(Plot):
     def variant(self, name: str, colour: str, line: list[Spread], of: int, dashed: bool, dots: bool) -> None:
         """The mean as a line, least to largest as a band. `of`: how many runs the variant has."""
         steps = [point.step for point in line]
-        for run in self._runs(steps, [point.low for point in line], [point.high for point in line]):
-            there = [self._point(x, high) for x, _, high in run]
-            back = [self._point(x, low) for x, low, _ in reversed(run)]
-            path = "M" + "L".join(there + back) + "z"
-            self._shapes.append(f'<path d="{path}" style="fill:var(--{colour});opacity:0.12"/>')
+        self.fill_between(steps, [point.low for point in line], [point.high for point in line], colour, 0.12)
         self.line("", steps, [point.mean for point in line], colour, dashed=dashed, dots=dots, hover=False)
         self._remember(name, colour, steps, [self._text(point, of) for point in line])
 
@@ -152,7 +149,9 @@ def draw(measure: Measure, variants: Sequence[Variant]) -> Figure | None:
         y = log_axis(heights, measure.label)
     else:
         y = linear_axis(heights, measure.label, include=measure.include, form=measure.form)
-    caption = measure.caption + (f" Each point is a mean over {width} steps." if width > 1 else "")
+    asynchronous = any(run.asynchronous for variant in variants for run in variant.runs)
+    caption = measure.caption + (BATCHES if asynchronous and "batch" in measure.caption else "")
+    caption += f" Each point is a mean over {width} steps." if width > 1 else ""
     if len(panels) == 1:
         plot = VariantPlot(x, y, f"{measure.title} over steps", HEIGHT, form=measure.form)
         return Figure(measure.name, measure.title, caption, _panel(plot, measure, panels[0], read[0]))
@@ -215,7 +214,9 @@ def cost(variants: Sequence[Variant]) -> Figure | None:
         for variant, means, words in bars
     )
     legend = "".join(
-        f'<li><i class="key bar" style="--key:var(--{colour})"></i>{escape(name)}</li>' for name, colour in PHASES
+        f'<li><i class="key bar" style="--key:var(--{colour})"></i>{escape(name)}</li>'
+        for k, (name, colour) in enumerate(PHASES)
+        if any(means[k] for _, means, _ in bars)
     )
     caption = (
         "Seconds of the whole run, part by part, as a mean over finished runs. Generating should be the largest part. "
@@ -289,7 +290,7 @@ CORRECTION = (
         "Spread of log W",
         "Standard deviation of log W over trajectories, at the last mini-batch of each rollout batch, where data is "
         "stalest. Healthy up to about 1 (dashed); above 2 the data is too stale or the learning rate too high.",
-        lambda run: last_mini_batches(run, "log_weight/std"),
+        lambda run: stalest_steps(run, "log_weight/std"),
         label="standard deviation, log scale",
         log=True,
         level=1.0,
@@ -299,7 +300,7 @@ CORRECTION = (
         "Effective sample size",
         "(sum W)^2 / (n sum W^2) at the last mini-batch of each rollout batch: how much of it a plain importance-weighted "
         "mean would really use. Healthy above 30%.",
-        lambda run: last_mini_batches(run, "ess"),
+        lambda run: stalest_steps(run, "ess"),
         label="share of trajectories",
         form=percent,
         include=(0.0, 1.0),
@@ -309,7 +310,7 @@ CORRECTION = (
         "Mean coefficient phi",
         "How much of the batch counts, at the last mini-batch of each rollout batch. Healthy near 1; far below, steps are "
         "small although data is paid for. Kernels differ here by design.",
-        lambda run: last_mini_batches(run, "phi/mean"),
+        lambda run: stalest_steps(run, "phi/mean"),
         label="mean over trajectories",
         include=(0.0,),
         level=1.0,
@@ -319,7 +320,7 @@ CORRECTION = (
         "Trajectories that do not count",
         "Share with phi below 0.01 at the last mini-batch of each rollout batch. Healthy below 10%; above 20% the data is "
         "too stale for the learning rate.",
-        lambda run: last_mini_batches(run, "phi/share_below_0.01"),
+        lambda run: stalest_steps(run, "phi/share_below_0.01"),
         label="share of trajectories",
         form=percent,
         include=(0.0,),
@@ -329,7 +330,7 @@ CORRECTION = (
         "Gradient that the kernel lets through",
         "log(mean of abs(phi A) / mean of abs(A)) at the last mini-batch of each rollout batch. Healthy between -0.5 and 0.2; "
         "below -1.5 the gradient is starved: few trajectories make the step.",
-        lambda run: last_mini_batches(run, "gradient/log_kept"),
+        lambda run: stalest_steps(run, "gradient/log_kept"),
         label="log of the share",
         include=(0.0,),
         level=0.0,
@@ -339,7 +340,7 @@ CORRECTION = (
         "Gradient of good responses",
         "Share of abs(phi A), summed over tokens, that is in trajectories with an advantage above 0, at the last mini-batch "
         "of each rollout batch. Near 0 a step only drives out what is bad.",
-        lambda run: last_mini_batches(run, "gradient/positive_share"),
+        lambda run: stalest_steps(run, "gradient/positive_share"),
         label="share of the gradient",
         form=percent,
         include=(0.0, 1.0),

@@ -1,6 +1,7 @@
 """How the console's state looks: a panel for a terminal, single lines for a log."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from rich import box
@@ -69,6 +70,11 @@ def row_text(row: dict[str, Any], state: RunState) -> str:
             return (
                 f"evaluation {row.get('when', '')}: accuracy {number(row.get('accuracy'), '.3f')} on "
                 f"{row.get('prompts')} prompts, response {number(row.get('response/length_mean'), '.1f')} tokens"
+            )
+        case "mismatch":
+            agreed = row.get("routing_probe/same_set")
+            return f"engine and trainer at equal weights: mismatch {number(row.get('mismatch/mean_abs'), '.1e')}" + (
+                f", {agreement_text(agreed)}" if agreed is not None else ""
             )
         case "phase":
             return f"{row.get('phase')}: {number(row.get('time/seconds'), '.1f')} s"
@@ -158,6 +164,15 @@ def _steps_line(state: RunState, width: int) -> RenderableType:
     return line
 
 
+@dataclass(frozen=True)
+class _Line:
+    """A label, its content as texts with their styles, and whose history of `RunState.histories` is drawn beside it."""
+
+    label: str
+    content: Sequence[str | tuple[str, str]]
+    history: str = ""
+
+
 def _measurements(state: RunState, width: int) -> RenderableType:
     spark = 14 if width < 100 else 36
     table = Table.grid(padding=(0, 1), expand=True)
@@ -165,61 +180,85 @@ def _measurements(state: RunState, width: int) -> RenderableType:
     table.add_column(ratio=1, no_wrap=True, overflow="ellipsis")
     table.add_column(width=spark, style="cyan", no_wrap=True, justify="right")
     rollout, step = state.last.get("rollout", {}), state.last.get("step", {})
+    lines = [
+        *_of_responses(rollout),
+        *_of_weights(step, width),
+        _of_differences(step, state.last.get("mismatch", {})),
+        _of_speed(rollout, step),
+        _Line("accuracy", _accuracy(state)),
+    ]
+    for line in lines:
+        text = Text.assemble(*line.content)
+        drawn = sparkline(state.histories.get(line.history, ()), spark)
+        table.add_row(line.label, text if text.plain else Text("-", "dim"), drawn)
+    return table
 
-    def line(name: str, *content: Any, history: str = "") -> None:
-        text = Text.assemble(*content)
-        table.add_row(
-            name, text if text.plain else Text("-", "dim"), sparkline(state.histories.get(history, ()), spark)
-        )
 
-    line(
-        "reward",
+def _of_responses(rollout: dict[str, Any]) -> list[_Line]:
+    reward = (
         _if(rollout.get("reward/mean"), "{:.3f}", bold=True),
         _if(rollout.get("reward/groups_without_variance"), "  {:.0%} of groups all alike"),
-        history="rollout/reward/mean",
     )
-    line(
-        "response",
+    response = (
         _if(rollout.get("response/length_mean"), "{:.1f}", bold=True),
         _if(rollout.get("response/length_mean"), " tokens"),
         _if(rollout.get("response/length_p10"), "  p10 {:.0f}"),
         _if(rollout.get("response/length_p90"), "  p90 {:.0f}"),
         _if(rollout.get("response/truncated_share"), "  cut {:.0%}"),
-        history="rollout/response/length_mean",
     )
+    return [
+        _Line("reward", reward, "rollout/reward/mean"),
+        _Line("response", response, "rollout/response/length_mean"),
+    ]
+
+
+def _of_weights(step: dict[str, Any], width: int) -> list[_Line]:
     names = ("p01", "p10", "p50", "p90", "p99") if width >= 100 else ("p01", "p50", "p99")
-    line(
-        "log W",
-        *[_if(step.get(f"log_weight/{name}"), f"p{int(name[1:])} {{:+.2f}}  ", bold=name == "p50") for name in names],
+    log_weight = (
+        *(_if(step.get(f"log_weight/{name}"), f"p{int(name[1:])} {{:+.2f}}  ", bold=name == "p50") for name in names),
         _if(step.get("log_weight/std"), "std {:.2f}"),
-        history="step/log_weight/std",
     )
-    line(
-        "phi",
+    phi = (
         _if(step.get("phi/mean"), "{:.2f}", bold=True),
         _if(step.get("phi/p10"), "  p10 {:.2f}"),
         _if(step.get("phi/p90"), "  p90 {:.2f}"),
         _if(step.get("phi/share_below_0.01"), "  below 0.01: {:.1%}"),
     )
-    line(
-        "sample size", _if(step.get("ess"), "{:.0%}", bold=True), _if(step.get("ess"), " effective"), history="step/ess"
-    )
-    line(
+    sample_size = (_if(step.get("ess"), "{:.0%}", bold=True), _if(step.get("ess"), " effective"))
+    return [
+        _Line("log W", log_weight, "step/log_weight/std"),
+        _Line("phi", phi),
+        _Line("sample size", sample_size, "step/ess"),
+    ]
+
+
+def _of_differences(step: dict[str, Any], probe: dict[str, Any]) -> _Line:
+    """`probe`: the last row of an asynchronous run's comparison at equal weights, which its steps hardly ever have."""
+    mismatch = {**step, **probe}.get("mismatch/mean_abs")
+    return _Line(
         "engine/trainer",
-        _if(step.get("mismatch/mean_abs"), "{:.1e}", bold=True),
-        _if(step.get("mismatch/mean_abs"), " |log-prob diff|"),
-        _if(step.get("drift/mean_abs"), "  drift {:.1e}"),
-        _if(step.get("routing/same_set"), "  experts agree {:.1%}"),
+        (
+            _if(mismatch, "{:.1e}", bold=True),
+            _if(mismatch, " |log-prob diff|"),
+            _if(step.get("drift/mean_abs"), "  drift {:.1e}"),
+            _if(step.get("routing/same_set"), "  experts agree {:.1%}"),
+        ),
     )
-    line(
+
+
+def _of_speed(rollout: dict[str, Any], step: dict[str, Any]) -> _Line:
+    generated, trained = (
+        row.get(f"speed/{name}_tokens_per_second") for row, name in ((rollout, "generated"), (step, "trained"))
+    )
+    return _Line(
         "tokens/s",
-        _if(rollout.get("speed/generated_tokens_per_second"), "{:,.0f}", bold=True),
-        _if(rollout.get("speed/generated_tokens_per_second"), " generated  "),
-        _if(step.get("speed/trained_tokens_per_second"), "{:,.0f}", bold=True),
-        _if(step.get("speed/trained_tokens_per_second"), " trained"),
+        (
+            _if(generated, "{:,.0f}", bold=True),
+            _if(generated, " generated  "),
+            _if(trained, "{:,.0f}", bold=True),
+            _if(trained, " trained"),
+        ),
     )
-    line("accuracy", *_accuracy(state))
-    return table
 
 
 def _if(value: Any, form: str, bold: bool = False) -> tuple[str, str]:

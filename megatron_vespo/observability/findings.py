@@ -3,7 +3,14 @@
 from collections import Counter
 
 from megatron_vespo.observability.charts import percent
-from megatron_vespo.observability.run_folder import RunFolder, column, mean
+from megatron_vespo.observability.run_folder import (
+    MISMATCH_KINDS,
+    PROBE_KINDS,
+    RunFolder,
+    at_equal_weights,
+    column,
+    mean,
+)
 from megatron_vespo.routing.routes import least_agreement
 
 OUTCOMES = ("exception", "timeout", "crash", "not_finite")
@@ -31,11 +38,13 @@ def _numerics(run: RunFolder) -> list[str]:
     ]
     if bad:
         found.append(f"The loss or the gradient was not finite at {len(bad)} steps, first at step {bad[0]}.")
-    at_equal = [row.get("log_weight/std") for row in run.kind("step") if row.get("mini_batch") == 0]
-    widest = max((value for value in at_equal if value is not None), default=0.0)
-    if widest > 0.5:
+    alarms = [row for row in run.kind(*MISMATCH_KINDS) if row.get("alarm/mismatch")]
+    if alarms:
+        # Where a run is older than this figure, it is that of W, but for `old_policy: proximal`.
+        widest = max(row.get("mismatch/log_weight_std", row.get("log_weight/std")) or 0.0 for row in alarms)
+        extent = f"reached {widest:.2f} (alarm: 0.5)" if widest > 0.5 else "was above 0.5"
         found.append(
-            f"The standard deviation of log W at equal weights reached {widest:.2f} (alarm: 0.5): engine and trainer disagree, "
+            f"The standard deviation of log W at equal weights {extent}: engine and trainer disagree, "
             "and the kernel spends itself on numeric error."
         )
     return found
@@ -61,15 +70,17 @@ def _routing(run: RunFolder) -> list[str]:
         reasons = masked_positions(run).most_common(1)
         mostly = f", most of them masked as '{reasons[0][0]}'" if reasons else ""
         found.append(f"{percent(missing)} of positions had no recorded route{mostly}: they were routed natively.")
-    at_equal = [row.get("routing/same_set") for row in run.kind("step") if row.get("mini_batch") == 0]
-    there = [value for value in at_equal if isinstance(value, (int, float))]
+    at_equal = column(at_equal_weights(run.kind("step")), "routing/same_set")
+    at_equal += column(run.kind("mismatch"), "routing_probe/same_set")
+    there = [value for value in at_equal if value is not None]
     if there and min(there) < (least := _least_agreement(run)):
         found.append(
             f"At equal weights only {percent(min(there))} of recorded positions had the experts that the trainer chooses "
             f"(expected: {percent(least)}): engine and trainer don't compute the same router."
         )
-    native, replayed = (mean(column(rollouts, f"routing_probe/{name}/k3")) for name in ("native", "replayed"))
-    agreed = mean(column(rollouts, "routing_probe/same_set"))
+    probed = run.kind(*PROBE_KINDS)
+    native, replayed = (mean(column(probed, f"routing_probe/{name}/k3")) for name in ("native", "replayed"))
+    agreed = mean(column(probed, "routing_probe/same_set"))
     # Where all experts agree, or none is recorded, there is nothing that replay could lower.
     repairable = agreed is not None and agreed < 1
     if repairable and native is not None and replayed is not None and replayed >= native > LEAST_K3:

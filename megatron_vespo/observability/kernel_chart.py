@@ -12,7 +12,7 @@ ALWAYS_SHOWN = (-2.5, 1.5)
 WIDEST = (-14.0, 8.0)
 
 Occurrence = tuple[float, float, float, int]
-"""log W, phi, advantage, staleness of one trajectory at one step."""
+"""log W, phi, advantage, age in optimizer steps of one trajectory at one step."""
 
 
 def kernel(run: RunFolder) -> Figure | None:
@@ -49,9 +49,8 @@ def _ordinal(every: int) -> str:
 def _occurrences(run: RunFolder) -> list[Occurrence]:
     seen: list[Occurrence] = []
     for row in run.weights:
-        age = int(row.get("staleness", 0))
-        vectors = (row.get("log_weight", []), row.get("phi", []), row.get("advantage", []))
-        seen += [(w, p, a, age) for w, p, a in zip(*vectors, strict=False) if None not in (w, p, a)]
+        vectors = (row.get(name, []) for name in ("log_weight", "phi", "advantage", "age"))
+        seen += [(w, p, a, int(age)) for w, p, a, age in zip(*vectors, strict=False) if None not in (w, p, a, age)]
     return seen
 
 

@@ -1,23 +1,19 @@
 """report.html: one self-contained page about a run, written from the files in its folder."""
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from shlex import quote
 from typing import Any
 
-from jinja2 import Environment
-from markupsafe import Markup
-
 from megatron_vespo.observability.charts import percent, short
 from megatron_vespo.observability.findings import findings
 from megatron_vespo.observability.kernel_chart import kernel
-from megatron_vespo.observability.report_charts import CORRECTION, COST, LEARNING, Figure, Maker
+from megatron_vespo.observability.pages import shown, write_page
+from megatron_vespo.observability.report_charts import CORRECTION, COST, LEARNING, Maker
 from megatron_vespo.observability.routing_charts import ROUTING
-from megatron_vespo.observability.run_folder import FILES, RunFolder, column, mean, read_run
+from megatron_vespo.observability.run_folder import FILES, MISMATCH_KINDS, RunFolder, column, mean, read_run, rhythm
 from megatron_vespo.observability.time_charts import time_per_batch, time_total
 
-HERE = Path(__file__).parent
 ROUTES_FOLDER = "routing"
 
 
@@ -30,12 +26,10 @@ def write_report(run_dir: str | Path) -> Path:
         ConfigError: `run_dir` is not the folder of a run, or a file in it cannot be read.
     """
     run = read_run(run_dir)
-    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    template = environment.from_string((HERE / "report.html").read_text(encoding="utf-8"))
-    page = template.render(
+    return write_page(
+        run.path / "report.html",
+        "report.html",
         title=run.path.resolve().name,
-        css=Markup((HERE / "report.css").read_text(encoding="utf-8")),
-        script=Markup((HERE / "report.js").read_text(encoding="utf-8")),
         subtitle=_subtitle(run),
         hero=_hero(run),
         tiles=_tiles(run),
@@ -47,17 +41,11 @@ def write_report(run_dir: str | Path) -> Path:
         files=_files(run),
         commands=_commands(run),
     )
-    path = run.path / "report.html"
-    temporary = path.with_suffix(".html.partial")
-    temporary.write_text(page, encoding="utf-8")
-    os.replace(temporary, path)
-    return path
 
 
 def _sections(run: RunFolder) -> list[dict[str, Any]]:
     def make(makers: Sequence[Maker]) -> list[dict[str, Any]]:
-        figures = [figure for maker in makers if (figure := maker(run)) is not None]
-        return [_figure(figure) for figure in figures]
+        return shown(maker(run) for maker in makers)
 
     sections = [
         {"id": "learning", "title": "Learning", "figures": make(LEARNING)},
@@ -66,10 +54,6 @@ def _sections(run: RunFolder) -> list[dict[str, Any]]:
         {"id": "cost", "title": "Time and optimizer", "figures": make((time_per_batch, time_total, *COST))},
     ]
     return [section for section in sections if section["figures"]]
-
-
-def _figure(figure: Figure) -> dict[str, Any]:
-    return {**vars(figure), "body": Markup(figure.body)}
 
 
 def _subtitle(run: RunFolder) -> str:
@@ -82,7 +66,7 @@ def _subtitle(run: RunFolder) -> str:
     if (model := run.setting("model.path")) is not None:
         parts.append(str(model))
     if (kernel_name := run.setting("algorithm.objective.kernel.name")) is not None:
-        parts.append(f"{kernel_name}, {run.setting('algorithm.staleness')} steps a rollout batch")
+        parts.append(", ".join(part for part in (kernel_name, rhythm(run)) if part))
     if (seed := run.setting("seed")) is not None:
         parts.append(f"seed {seed}")
     return " · ".join(parts)
@@ -123,8 +107,9 @@ def _tiles(run: RunFolder) -> list[tuple[str, str, str]]:
         tiles.append(("Tokens", short(generated), f"generated; {short(trained)} trained on"))
     lengths = [value for value in column(rollouts, "response/length_mean") if value is not None]
     if lengths:
-        tiles.append(("Response length", f"{lengths[0]:.0f} → {lengths[-1]:.0f}", "tokens, first and last batch"))
-    mismatch = summary.get("mean_abs_logprob_diff", mean(column(steps, "mismatch/mean_abs")))
+        which = "step" if run.asynchronous else "batch"
+        tiles.append(("Response length", f"{lengths[0]:.0f} → {lengths[-1]:.0f}", f"tokens, first and last {which}"))
+    mismatch = summary.get("mean_abs_logprob_diff", mean(column(run.kind(*MISMATCH_KINDS), "mismatch/mean_abs")))
     if mismatch is not None:
         tiles.append(("Engine-trainer mismatch", f"{mismatch:.1e}", "mean |log-prob difference|, equal weights"))
     if syncs or "weight_syncs" in summary:
@@ -176,7 +161,8 @@ def _files(run: RunFolder) -> list[tuple[str, str]]:
     known = [(name, what) for name, what in FILES.items() if (run.path / name).exists()]
     checkpoints = sorted(path.parent.name for path in run.path.glob("*/config.json"))
     if _has_recorded_trajectories(run):
-        known.append((f"{ROUTES_FOLDER}/", "trajectories of the last rollout batch with the experts of each token"))
+        whose = "that were probed last" if run.asynchronous else "of the last rollout batch"
+        known.append((f"{ROUTES_FOLDER}/", f"trajectories {whose} with the experts of each token"))
     return known + [(f"{name}/", "the trained model, in Hugging Face format") for name in checkpoints]
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from megatron_vespo.observability.charts import Axis, Plot, linear_axis, log_axis, percent
-from megatron_vespo.observability.run_folder import RunFolder, column, mean
+from megatron_vespo.observability.run_folder import MISMATCH_KINDS, RunFolder, column, mean
 
 STEPS = "optimizer steps"
 
@@ -41,8 +41,8 @@ def learning(run: RunFolder) -> Figure | None:
     if evaluations:
         plot.line("accuracy, held out", column(evaluations, "step"), accuracy, "orange", dots=True)
     caption = (
-        "Blue: mean reward of each rollout batch, on training prompts. Orange: accuracy on held-out prompts; "
-        "both should rise together, and orange falling behind means memorised prompts."
+        f"Blue: mean reward of each {'step' if run.asynchronous else 'rollout batch'}, on training prompts. Orange: accuracy "
+        "on held-out prompts; both should rise together, and orange falling behind means memorised prompts."
     )
     return Figure("learning", "Reward and accuracy", caption, plot.html())
 
@@ -109,9 +109,14 @@ def log_weight(run: RunFolder) -> Figure | None:
     plot.band("25-75%", steps, quantiles["p25"], quantiles["p75"], "blue", 0.34)
     plot.line("median", steps, quantiles["p50"], "blue")
     plot.level(0.0)
+    course = (
+        "It is narrow where responses are young (staleness)"
+        if run.asynchronous
+        else "It is narrow at the first step of each rollout batch and widens to the last: a saw-tooth"
+    )
     caption = (
-        "How far the policy has moved from the one that sampled. It is narrow at the first step of each rollout batch and "
-        "widens to the last: a saw-tooth. A width that grows over the run says that steps are too large."
+        f"How far the policy has moved from the one that sampled. {course}. A width that grows over the run says that steps "
+        "are too large."
     )
     return Figure("log-weight", "Importance weights over the run", caption, plot.html())
 
@@ -178,7 +183,7 @@ def sample_size(run: RunFolder) -> Figure | None:
 
 
 def mismatch(run: RunFolder) -> Figure | None:
-    rows = run.kind("step")
+    rows = run.kind(*MISMATCH_KINDS)
     equal, apart = column(rows, "mismatch/mean_abs"), column(rows, "drift/mean_abs")
     if not any(value is not None for value in [*equal, *apart]):
         return None
@@ -204,7 +209,7 @@ def _mismatch_table(run: RunFolder) -> str:
     names = {"mean_abs": "mean |diff|", "k1": "k1", "k3": "k3", "share_above_ln2": "above ln 2"}
     body = ""
     for kind in ("mismatch", "drift"):
-        means = [mean(column(run.kind("step"), f"{kind}/{name}")) for name in names]
+        means = [mean(column(run.kind(*MISMATCH_KINDS), f"{kind}/{name}")) for name in names]
         cells = "".join(f"<td>{'-' if value is None else f'{value:.2g}'}</td>" for value in means)
         body += f"<tr><th>{kind}</th>{cells}</tr>"
     head = "".join(f"<th>{title}</th>" for title in names.values())
@@ -270,7 +275,9 @@ def throughput(run: RunFolder) -> Figure | None:
     plot.line("generated", column(rollouts, "step"), generated, "blue")
     plot.line("trained", column(steps, "step"), trained, "green")
     caption = (
-        "Response tokens a second while generating, and while training. A slope usually follows the response length."
+        "Response tokens a second: of responses that were completed since the step before, and while training."
+        if run.asynchronous
+        else "Response tokens a second while generating, and while training. A slope usually follows the response length."
     )
     return Figure("throughput", "Throughput", caption, plot.html())
 

@@ -7,7 +7,7 @@ from html import escape
 from megatron_vespo.observability.charts import Axis, Plot, Ramp, log_axis, nice_ticks, percent, short
 from megatron_vespo.observability.findings import masked_positions
 from megatron_vespo.observability.report_charts import Figure, Maker, step_axis
-from megatron_vespo.observability.run_folder import Rows, RunFolder, column, mean
+from megatron_vespo.observability.run_folder import PROBE_KINDS, Rows, RunFolder, at_equal_weights, column, mean
 
 MOST_COLUMNS = 100
 """Of a heat map: some pixels for each also on a phone."""
@@ -36,10 +36,20 @@ def agreement_map(run: RunFolder) -> Figure | None:
         return None
     body, every = found
     whose = "the trainer at the start of the rollout batch" if run.setting("routing.replay") == "R2" else "the engine"
+    course = (
+        "At the first step of a rollout batch both have the same weights, so what differs is numeric; at later steps the "
+        "router has also moved, which replay holds fixed."
+    )
+    if run.asynchronous:
+        whose = "the trainer before the step" if run.setting("routing.replay") == "R2" else "the engine"
+        course = (
+            "Where both have the same weights, what differs is numeric; where data is older, the router has also moved, "
+            "which replay holds fixed."
+        )
     caption = (
-        f"Share of positions where {whose} recorded the experts that the trainer's router would now choose by itself. At the "
-        "first step of a rollout batch both have the same weights, so what differs is numeric; at later steps the router "
-        "has also moved, which replay holds fixed." + _of_steps(every)
+        f"Share of positions where {whose} recorded the experts that the trainer's router would now choose by itself. "
+        + course
+        + _of_steps(every)
     )
     return Figure("expert-agreement", "Do the experts agree?", caption, body + _agreement_table(run))
 
@@ -48,8 +58,8 @@ def _agreement_table(run: RunFolder) -> str:
     names = {"same_set": "same experts", "same_slots": "same order", "overlap": "in common", "margin": "margin"}
     steps = run.kind("step")
     groups = {
-        "equal weights": [row for row in steps if row.get("mini_batch") == 0],
-        "later steps": [row for row in steps if row.get("mini_batch") != 0],
+        "equal weights": at_equal_weights(steps),
+        "older data" if run.asynchronous else "later steps": [row for row in steps if row.get("staleness") != 0],
     }
     body = ""
     for label, rows in groups.items():
@@ -84,7 +94,7 @@ def heat_map(run: RunFolder, name: str, ramp: Ramp, label: str, title: str) -> t
     if not layers:
         return None
     first, last = min(rows), max(rows)
-    every = steps_in_a_column(last - first + 1, int(run.setting("algorithm.staleness", 1)))
+    every = steps_in_a_column(last - first + 1, run.steps_between_updates or 1)
     spans, values = binned(rows, layers, every)
     x = Axis(first - 0.5, last + 0.5, ticks=_whole_ticks(first, last, 6), label="optimizer steps")
     y = Axis(-0.5, layers - 0.5, ticks=_whole_ticks(0, layers - 1, 6), label=f"{label}, by MoE layer")
@@ -95,8 +105,8 @@ def heat_map(run: RunFolder, name: str, ramp: Ramp, label: str, title: str) -> t
 
 
 def steps_in_a_column(steps: int, per_batch: int) -> int:
-    """At most MOST_COLUMNS columns, in whole rollout batches or in equal parts of one: otherwise the saw-tooth within
-    a batch and the columns would make stripes that are not there."""
+    """At most MOST_COLUMNS columns, in whole rollout batches (asynchronous: what lies between two weight updates) or in
+    equal parts of one: otherwise the saw-tooth within a batch and the columns would make stripes that are not there."""
     least = max(1, -(-steps // MOST_COLUMNS))
     if least >= per_batch:
         return -(-least // per_batch) * per_batch if least > 1 else 1
@@ -123,7 +133,7 @@ def binned(
 
 
 def replay_effect(run: RunFolder) -> Figure | None:
-    rows = [row for row in run.kind("rollout") if "routing_probe/native/k3" in row]
+    rows = [row for row in run.kind(*PROBE_KINDS) if "routing_probe/native/k3" in row]
     if not rows:
         return None
     steps = column(rows, "step")
@@ -135,9 +145,10 @@ def replay_effect(run: RunFolder) -> Figure | None:
     plot.line("native routing", steps, native, "orange")
     plot.line("engine's routes", steps, replayed, "blue", dashed=few, dots=few)
     zeros = sum(value is not None and not value > 0 for value in [*native, *replayed])
+    which = "sampled for it now and then" if run.asynchronous else "of each rollout batch"
     caption = (
-        "Mismatch of engine and trainer on a few trajectories of each rollout batch, at equal weights: with the experts that "
-        "the trainer chooses, and with those that the engine chose. The gap is what flipped experts cost; what is left below "
+        f"Mismatch of engine and trainer on a few trajectories {which}, at equal weights: with the experts that the trainer "
+        "chooses, and with those that the engine chose. The gap is what flipped experts cost; what is left below "
         "is numeric error within them."
         + (f" {zeros} values of 0 or less have no place on a logarithmic axis." if zeros else "")
     )
@@ -167,7 +178,11 @@ def records(run: RunFolder) -> Figure | None:
         return None
     lines = [
         ("positions without a route", percent(sum(there) / len(there)), ""),
-        ("in the worst " + ("rollout batch" if rollouts is not steps else "step"), percent(max(there)), "part"),
+        (
+            "in the worst " + ("rollout batch" if rollouts is not steps and not run.asynchronous else "step"),
+            percent(max(there)),
+            "part",
+        ),
     ]
     for reason, count in masked_positions(run).most_common():
         meaning = f": {REASONS[reason]}" if reason in REASONS else ""

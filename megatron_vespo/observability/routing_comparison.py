@@ -4,18 +4,15 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from statistics import mean, median
 from typing import Any
-
-from jinja2 import Environment
-from markupsafe import Markup
 
 from megatron_vespo.config import ConfigError
 from megatron_vespo.observability.charts import percent
-from megatron_vespo.observability.collapse import points
-from megatron_vespo.observability.comparison import NOT_SET, comparison_rows
+from megatron_vespo.observability.collapse import points, points_of
+from megatron_vespo.observability.comparison import comparison_rows
 from megatron_vespo.observability.comparison_charts import colour_of, palette, three_digits
 from megatron_vespo.observability.comparison_grid import Variant
+from megatron_vespo.observability.pages import shown, write_page
 from megatron_vespo.observability.routing_comparison_charts import (
     MODES,
     Group,
@@ -26,9 +23,9 @@ from megatron_vespo.observability.routing_comparison_charts import (
     side_by_side,
     within_group,
 )
-from megatron_vespo.observability.run_folder import RunFolder
+from megatron_vespo.observability.run_folder import MISMATCH_KINDS, PROBE_KINDS, RunFolder
+from megatron_vespo.observability.table_figures import cell, mean_of, median_of, spread_of
 
-HERE = Path(__file__).parent
 DIFFERENCES = ("k1", "k3", "share_above_ln2")
 MEASURED = (
     *(f"{name}_{scored}" for scored in ("native", "replayed") for name in DIFFERENCES),
@@ -66,10 +63,12 @@ def routing_rows(variants: Sequence[Variant]) -> list[dict[str, Any]]:
     Returns:
         For each variant also `replay`, `engine_dtype`, `router_noise`, and for each name of MEASURED `mean`, `min`, `max`
         and `n`; in each of its `runs` the number itself, None where the run did not come to measure it.
-        Of the probed trajectories of each rollout batch, as a mean over batches: `k1_`, `k3_`, `share_above_ln2_` of
+        Of the probed trajectories of each rollout batch (asynchronous: of each comparison at equal weights), as a mean
+        over these: `k1_`, `k3_`, `share_above_ln2_` of
         engine against trainer, who routes by itself (`native`) or as the engine did (`replayed`); `k3_lowered_by`, the
         ratio of the two k3; `same_set_equal_versions`, share of (position, layer) for which both choose the same experts.
-        `k3_trained_on`: with the routes that training used, all trajectories, mean over first mini-batches.
+        `k3_trained_on`: with the routes that training used, all trajectories, mean over what was compared at equal
+        weights (first mini-batches).
         `same_set_steps`: the trainer's own choice against the recorded routes (R2: its own of the start of the batch;
         else the engine's), mean over steps. `missing_share` of the engine's routes, mean over batches.
         `step_seconds`, `engine_tokens_per_second`: medians over steps and over batches.
@@ -79,9 +78,7 @@ def routing_rows(variants: Sequence[Variant]) -> list[dict[str, Any]]:
         for of_run, run in zip(row["runs"], variant.runs, strict=True):
             of_run.update(routing_figures(run))
         for name in MEASURED:
-            there = [of_run[name] for of_run in row["runs"] if of_run[name] is not None]
-            ends = (mean(there), min(there), max(there)) if there else (None, None, None)
-            row[name] = {**dict(zip(("mean", "min", "max"), ends, strict=True)), "n": len(there)}
+            row[name] = spread_of([of_run[name] for of_run in row["runs"]])
         row["replay"] = mode_of(variant)
         row["engine_dtype"] = _engine_dtype(variant.runs[0]) if variant.runs else None
         row["router_noise"] = variant.runs[0].setting("rollout.engine.router_noise") if variant.runs else None
@@ -90,20 +87,21 @@ def routing_rows(variants: Sequence[Variant]) -> list[dict[str, Any]]:
 
 def routing_figures(run: RunFolder) -> dict[str, float | None]:
     """The numbers of MEASURED, of one run."""
+    probed = run.kind(*PROBE_KINDS)
     figures = {
-        f"{name}_{scored}": _mean(run, "rollout", f"routing_probe/{scored}/{name}")
+        f"{name}_{scored}": mean_of(points_of(probed, f"routing_probe/{scored}/{name}"))
         for scored in ("native", "replayed")
         for name in DIFFERENCES
     }
     native, replayed = figures["k3_native"], figures["k3_replayed"]
     figures |= {
         "k3_lowered_by": native / replayed if native is not None and replayed is not None and replayed > 0 else None,
-        "k3_trained_on": _mean(run, "step", "mismatch/k3"),
-        "same_set_equal_versions": _mean(run, "rollout", "routing_probe/same_set"),
-        "same_set_steps": _mean(run, "step", "routing/same_set"),
-        "missing_share": _mean(run, "rollout", "routing/missing_share"),
-        "step_seconds": _median(run, "step", "time/train"),
-        "engine_tokens_per_second": _median(run, "rollout", "speed/generated_tokens_per_second"),
+        "k3_trained_on": mean_of(points_of(run.kind(*MISMATCH_KINDS), "mismatch/k3")),
+        "same_set_equal_versions": mean_of(points_of(probed, "routing_probe/same_set")),
+        "same_set_steps": mean_of(points(run, "step", "routing/same_set")),
+        "missing_share": mean_of(points(run, "rollout", "routing/missing_share")),
+        "step_seconds": median_of(points(run, "step", "time/train")),
+        "engine_tokens_per_second": median_of(points(run, "rollout", "speed/generated_tokens_per_second")),
     }
     return figures
 
@@ -123,24 +121,17 @@ def write_routing_comparison(path: str | Path, title: str, variants: Sequence[Va
         raise ConfigError(f"{path}: no run to compare. Give the folders of at least one run")
     path = Path(path)
     groups = grouped(variants)
-    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    template = environment.from_string((HERE / "routing_comparison.html").read_text(encoding="utf-8"))
-    page = template.render(
+    return write_page(
+        path,
+        "routing_comparison.html",
         title=title,
         more=more,
-        css=Markup((HERE / "report.css").read_text(encoding="utf-8")),
-        script=Markup((HERE / "report.js").read_text(encoding="utf-8")),
         palette=palette(len(MODES)),
         modes=[(mode, colour_of(index)) for index, mode in enumerate(MODES) if any(mode in g.by_mode for g in groups)],
         columns=COLUMNS,
         table=_table(routing_rows(variants), groups),
         sections=_sections(groups),
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".html.partial")
-    temporary.write_text(page, encoding="utf-8")
-    os.replace(temporary, path)
-    return path
 
 
 def write_routing_figures(path: Path, title: str, variants: Sequence[Variant]) -> None:
@@ -158,11 +149,7 @@ def _sections(groups: Sequence[Group]) -> list[dict[str, Any]]:
         sections.append(("groups", "Every engine", side_by_side(groups)))
     else:
         sections += [(f"group{index}", group.name, within_group(group, index)) for index, group in enumerate(groups)]
-    return [
-        {"id": name, "title": title, "figures": [{**vars(figure), "body": Markup(figure.body)} for figure in figures]}
-        for name, title, figures in sections
-        if figures
-    ]
+    return [{"id": name, "title": title, "figures": shown(figures)} for name, title, figures in sections if figures]
 
 
 def _table(rows: Sequence[dict[str, Any]], groups: Sequence[Group]) -> list[dict[str, Any]]:
@@ -177,7 +164,10 @@ def _table(rows: Sequence[dict[str, Any]], groups: Sequence[Group]) -> list[dict
                     "colour": colour_of(MODES.index(mode)),
                     "runs": _runs(by_name[variant.name]),
                     "collapsed": by_name[variant.name]["collapsed"],
-                    "cells": [_cell(by_name[variant.name][name], form) for name, _, form in COLUMNS],
+                    "cells": [
+                        cell(by_name[variant.name][name], by_name[variant.name]["seeds"], form)
+                        for name, _, form in COLUMNS
+                    ],
                 }
                 for mode, variant in group.by_mode.items()
             ],
@@ -190,23 +180,5 @@ def _runs(row: dict[str, Any]) -> str:
     return str(row["seeds"]) if row["finished"] == row["seeds"] else f"{row['finished']} of {row['seeds']} finished"
 
 
-def _cell(spread: dict[str, Any], form: Callable[[float], str]) -> tuple[str, str]:
-    """(mean, least to largest if they differ)."""
-    if not spread["n"]:
-        return NOT_SET, ""
-    low, high = form(spread["min"]), form(spread["max"])
-    return form(spread["mean"]), f"{low} to {high}" if low != high else ""
-
-
 def _engine_dtype(run: RunFolder) -> str | None:
     return run.setting("rollout.engine.dtype") or run.setting("model.dtype")
-
-
-def _mean(run: RunFolder, kind: str, name: str) -> float | None:
-    values = [value for _, value in points(run, kind, name)]
-    return mean(values) if values else None
-
-
-def _median(run: RunFolder, kind: str, name: str) -> float | None:
-    values = [value for _, value in points(run, kind, name)]
-    return median(values) if values else None

@@ -2,10 +2,9 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from statistics import mean
 
 from megatron_vespo.observability.charts import Axis, linear_axis, log_axis, percent
-from megatron_vespo.observability.collapse import Points, final_accuracy, points
+from megatron_vespo.observability.collapse import Points, final_accuracy, points, points_of
 from megatron_vespo.observability.comparison_charts import (
     HEIGHT,
     LEARNING,
@@ -19,7 +18,8 @@ from megatron_vespo.observability.comparison_charts import (
 )
 from megatron_vespo.observability.comparison_grid import Variant
 from megatron_vespo.observability.report_charts import STEPS, Figure, step_axis
-from megatron_vespo.observability.run_folder import RunFolder
+from megatron_vespo.observability.run_folder import PROBE_KINDS, RunFolder
+from megatron_vespo.observability.table_figures import mean_of
 
 MODES = ("off", "R2", "R3")
 NATIVE, REPLAYED = "routing_probe/native/k3", "routing_probe/replayed/k3"
@@ -29,7 +29,7 @@ AT_EQUAL_VERSIONS = Measure(
     "Agreement with the engine",
     "Share of (position, layer) for which engine and trainer choose the same experts while both hold the same weights: "
     "probed trajectories of each rollout batch, before its first step. Near 100% where both compute alike.",
-    lambda run: points(run, "rollout", "routing_probe/same_set"),
+    lambda run: points_of(run.kind(*PROBE_KINDS), "routing_probe/same_set"),
     label="same set of experts",
     form=percent,
     include=(0.99, 1.0),
@@ -99,7 +99,7 @@ def mismatch(group: Group) -> Figure | None:
     """k3 of engine against trainer in every rollout batch, natively and with the engine's routes."""
     runs = [run for variant in group.variants for run in variant.runs]
     x = linear_axis([0.0, *(step_axis(run).high for run in runs)], STEPS, exact=True)
-    lines = _native_and_replayed(group.variants, lambda run, name: points(run, "rollout", name))
+    lines = _native_and_replayed(group.variants, lambda run, name: points_of(run.kind(*PROBE_KINDS), name))
     return _drawn(
         Figure(
             "mismatch",
@@ -154,8 +154,7 @@ def _over_scale(x: Axis, modes: Sequence[Variant], on: str) -> list[Figure | Non
         return [(float(noise["scale"]) if noise else 0.0, value)] if value is not None else []
 
     def batches(run: RunFolder, name: str) -> Points:
-        values = [value for _, value in points(run, "rollout", name)]
-        return at_scale(run, mean(values) if values else None)
+        return at_scale(run, mean_of(points_of(run.kind(*PROBE_KINDS), name)))
 
     effect = (
         "Replay repairs wrong choices; experts are weighted by clean logits on both sides."

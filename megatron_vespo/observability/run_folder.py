@@ -21,6 +21,11 @@ FILES = {
     "samples_after.json": "sample responses after training",
     "summary.json": "the run's results",
 }
+MISMATCH_KINDS = ("step", "mismatch")
+"""Kinds of rows that may compare engine and trainer (`mismatch/*`): steps on data of the trainer's own weights, and what
+asynchronous runs sample for it."""
+PROBE_KINDS = ("rollout", "mismatch")
+"""Kinds of rows that may have figures of probed trajectories (`routing_probe/*`): synchronous, asynchronous."""
 WITH_ROUTES = ("routing.jsonl",)
 """Of FILES: only runs that record routes have them."""
 
@@ -46,8 +51,11 @@ class RunFolder:
     missing: list[str] = field(default_factory=list)
     broken_lines: int = 0
 
-    def kind(self, kind: str) -> Rows:
-        return self.rows.get(kind, [])
+    def kind(self, *kinds: str) -> Rows:
+        """Rows of one kind in the order written, or of several in the order of steps."""
+        if len(kinds) == 1:
+            return self.rows.get(kinds[0], [])
+        return sorted((row for kind in kinds for row in self.rows.get(kind, [])), key=lambda row: row["step"])
 
     def setting(self, key: str, default: Any = None) -> Any:
         """A value of config.yaml by its dotted path."""
@@ -57,6 +65,16 @@ class RunFolder:
                 return default
             node = node[name]
         return node
+
+    @property
+    def asynchronous(self) -> bool:
+        """Whether sampling and training went on side by side. Its rows' `batch` counts weight updates."""
+        return isinstance(self.setting("algorithm.asynchronous"), dict)
+
+    @property
+    def steps_between_updates(self) -> int | None:
+        """Optimizer steps from one weight update to the next; synchronous: on each rollout batch. None: not known."""
+        return self.setting("algorithm.asynchronous.sync_every" if self.asynchronous else "algorithm.staleness")
 
     @property
     def records_routes(self) -> bool:
@@ -95,6 +113,23 @@ def read_run(run_dir: str | Path) -> RunFolder:
     if not run.records_routes:
         run.missing = [name for name in run.missing if name not in WITH_ROUTES]
     return run
+
+
+def at_equal_weights(steps: Rows) -> Rows:
+    """Of rows of steps, those on data that the engines sampled under the trainer's own weights.
+
+    Only in a synchronous run is that the first mini-batch of each rollout batch."""
+    return [row for row in steps if row.get("staleness") == 0]
+
+
+def rhythm(run: RunFolder) -> str | None:
+    """How often the run's engines got new weights, in words."""
+    steps = run.steps_between_updates
+    if steps is None:
+        return None
+    return (
+        f"asynchronous, {steps} steps between weight updates" if run.asynchronous else f"{steps} steps a rollout batch"
+    )
 
 
 def column(rows: Rows, name: str) -> list[float | None]:

@@ -1,18 +1,36 @@
 """Where the time went."""
 
 from html import escape
+from typing import Any
 
 from megatron_vespo.observability.charts import Plot, linear_axis
 from megatron_vespo.observability.report_charts import Figure
 from megatron_vespo.observability.run_folder import Rows, RunFolder, column
 
 MOST_BARS = 60
-PARTS = (("generate", "blue"), ("wait for rewards", "violet"), ("train", "green"), ("sync weights", "orange"))
+PARTS = (
+    ("generate", "blue"),
+    ("wait for rewards", "violet"),
+    ("wait for groups", "age0"),
+    ("train", "green"),
+    ("sync weights", "orange"),
+)
+"""What the loop spends its time on, one after the other. In an asynchronous run sampling and grading go on beside all of
+it, and "wait for groups" is what the trainer had to wait for them."""
+OF_ROLLOUTS = ("time/generate", "time/reward_wait", "time/wait")
+"""The first of PARTS, in rows of kind `rollout`."""
 
 
 def batch_times(run: RunFolder) -> list[tuple[int, list[float]]]:
-    """(batch, seconds of each of PARTS) in order. A sync belongs to the batch whose last step it follows."""
-    rollouts = {row.get("batch"): row for row in run.kind("rollout")}
+    """(batch, seconds of each of PARTS) in order. A sync belongs to the batch whose last step it follows.
+
+    A batch of an asynchronous run is what lies between two weight updates, with a row of kind `rollout` for each step.
+    """
+    sampling: dict[int, list[float]] = {}
+    for row in run.kind("rollout"):
+        if row.get("batch") is not None:
+            before = sampling.get(row["batch"], [0.0] * len(OF_ROLLOUTS))
+            sampling[row["batch"]] = [sum(both) for both in zip(before, _seconds(row, *OF_ROLLOUTS), strict=True)]
     train: dict[int, float] = {}
     batch_at_step: dict[int, int] = {}
     for row in run.kind("step"):
@@ -25,11 +43,14 @@ def batch_times(run: RunFolder) -> list[tuple[int, list[float]]]:
         if batch is not None:
             sync[batch] = sync.get(batch, 0.0) + (row.get("time/sync") or 0.0)
     times = []
-    for batch in sorted({*(key for key in rollouts if key is not None), *train}):
-        row = rollouts.get(batch, {})
-        parts = [row.get("time/generate") or 0.0, row.get("time/reward_wait") or 0.0]
+    for batch in sorted({*sampling, *train}):
+        parts = sampling.get(batch, [0.0] * len(OF_ROLLOUTS))
         times.append((batch, [*parts, train.get(batch, 0.0), sync.get(batch, 0.0)]))
     return times
+
+
+def _seconds(row: dict[str, Any], *names: str) -> list[float]:
+    return [row.get(name) or 0.0 for name in names]
 
 
 def time_per_batch(run: RunFolder) -> Figure | None:
@@ -41,13 +62,23 @@ def time_per_batch(run: RunFolder) -> Figure | None:
     means = [[sum(parts[k] for _, parts in bar) / len(bar) for k in range(len(PARTS))] for bar in bars]
     lefts = [float(bar[0][0]) for bar in bars]
     rights = [left + every for left in lefts]
-    y = linear_axis([sum(parts) for parts in means], "seconds a batch", include=[0.0])
-    plot = Plot(linear_axis([*lefts, *rights], "rollout batch", exact=True), y, "time per rollout batch", x_name="")
-    plot.stacked_bars(
-        lefts, rights, [(name, colour, [bar[k] for bar in means]) for k, (name, colour) in enumerate(PARTS)]
+    title, one, each, seconds = (
+        ("Time per weight update", "weight update", "What each weight update and the steps before it took", "an update")
+        if run.asynchronous
+        else ("Time per batch", "rollout batch", "What each rollout batch took", "a batch")
     )
-    caption = "What each rollout batch took, part by part" + (f" (means over {every} batches)." if every > 1 else ".")
-    return Figure("time", "Time per batch", caption + " The tallest colour is what to make faster.", plot.html())
+    y = linear_axis([sum(parts) for parts in means], f"seconds {seconds}", include=[0.0])
+    plot = Plot(linear_axis([*lefts, *rights], one, exact=True), y, f"time per {one}", x_name="")
+    parts = [(name, colour, [bar[k] for bar in means]) for k, (name, colour) in enumerate(PARTS)]
+    plot.stacked_bars(lefts, rights, [part for part in parts if any(part[2])])
+    caption = f"{each}, part by part" + (f" (means over {every} of them)." if every > 1 else ".")
+    if run.asynchronous:
+        caption += (
+            " Sampling goes on beside all of it; where the wait for groups is tall, it is too slow for the trainer."
+        )
+    else:
+        caption += " The tallest colour is what to make faster."
+    return Figure("time", title, caption, plot.html())
 
 
 def time_total(run: RunFolder) -> Figure | None:

@@ -1,7 +1,7 @@
 """How far engine and trainer are apart at equal weights, in a run that never trains on what has its own weights."""
 
-from megatron_vespo.objective.diagnostics import difference_diagnostics, mismatch_alarm
 from megatron_vespo.orchestration.mini_batches import response_log_probs, training_sequences
+from megatron_vespo.orchestration.mismatch import mismatch_figures
 from megatron_vespo.orchestration.rescoring import engine_mismatch
 from megatron_vespo.orchestration.routing_probe import probe_batch, sample_probe
 from megatron_vespo.orchestration.session import Session
@@ -25,11 +25,5 @@ async def measure_mismatch(session: Session) -> None:
     scores = await session.policy.score(sequences, routes=routes)
     for trajectory, score in zip(trajectories, scores, strict=True):
         trajectory.proximal_log_probs = response_log_probs(trajectory, score)
-    sums, spread = engine_mismatch(trajectories)
-    session.tally.add_mismatch(sums)
-    figures = difference_diagnostics(sums, "mismatch") | {"alarm/mismatch": mismatch_alarm(spread)}
-    if figures["alarm/mismatch"]:
-        session.console.event(
-            f"ALARM: engine and trainer disagree: std(log W) is {spread:.2f} at equal weights (docs/metrics.md)"
-        )
+    figures = mismatch_figures(session.tally, session.console, *engine_mismatch(trajectories))
     session.record("mismatch", step, figures | await probe_batch(session, groups))

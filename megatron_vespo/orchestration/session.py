@@ -43,14 +43,12 @@ class Tally:
     mismatch_tokens: float = 0.0
     accuracy: dict[str, float] = field(default_factory=dict)
 
-    def add_step(self, trained_tokens: int, equal_version_sums: dict[str, float] | None) -> None:
-        """`equal_version_sums`: the step's sums where trainer and engine held the same weights."""
+    def add_step(self, trained_tokens: int) -> None:
         self.steps += 1
         self.trained_tokens += trained_tokens
-        if equal_version_sums is not None:
-            self.add_mismatch(equal_version_sums)
 
     def add_mismatch(self, equal_version_sums: dict[str, float]) -> None:
+        """`equal_version_sums`: where trainer and engine held the same weights."""
         self.mismatch_sum += equal_version_sums["abs_difference"]
         self.mismatch_tokens += equal_version_sums["tokens"]
 

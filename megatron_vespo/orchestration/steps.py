@@ -7,7 +7,6 @@ import numpy as np
 from megatron_vespo.errors import RunError
 from megatron_vespo.objective.diagnostics import (
     difference_diagnostics,
-    mismatch_alarm,
     token_diagnostics,
     weight_diagnostics,
 )
@@ -16,6 +15,7 @@ from megatron_vespo.orchestration.engine_weights import send_weights
 from megatron_vespo.orchestration.evaluation import evaluate
 from megatron_vespo.orchestration.gradient_noise import gradient_noise, measure_parts
 from megatron_vespo.orchestration.mini_batches import packing_figures, training_sequences
+from megatron_vespo.orchestration.mismatch import mismatch_figures
 from megatron_vespo.orchestration.rescoring import engine_mismatch
 from megatron_vespo.orchestration.routing_probe import probe_engine_routes
 from megatron_vespo.orchestration.session import Session
@@ -67,20 +67,14 @@ def record_step(
     trained = sum(len(t.prompt.token_ids) + len(t.response_ids) - 1 for t in trajectories)
     sequences = {name: values.double().numpy() for name, values in report.sequences.items()}
     weights = weight_diagnostics(sequences, largest_coefficient(algorithm.objective.kernel))
+    session.tally.add_step(trained)
     # Where all was sampled under exactly the trainer's weights, what differs is the engines; elsewhere also the weights.
     if max(ages) > 0:
-        session.tally.add_step(trained, None)
         differences = difference_diagnostics(report.sums, "drift")
+    elif algorithm.old_policy == "proximal":  # W is against the trainer itself, and has nothing of the engine
+        differences = mismatch_figures(session.tally, session.console, *engine_mismatch(trajectories))
     else:
-        sums, spread = report.sums, weights["log_weight/std"]
-        if algorithm.old_policy == "proximal":  # W is against the trainer itself, and has nothing of the engine
-            sums, spread = engine_mismatch(trajectories)
-        session.tally.add_step(trained, sums)
-        differences = {**difference_diagnostics(sums, "mismatch"), "alarm/mismatch": mismatch_alarm(spread)}
-        if differences["alarm/mismatch"]:
-            session.console.event(
-                f"ALARM: engine and trainer disagree: std(log W) is {spread:.2f} at equal weights (docs/metrics.md)"
-            )
+        differences = mismatch_figures(session.tally, session.console, report.sums, weights["log_weight/std"])
     session.record(
         "step",
         step,

@@ -58,7 +58,12 @@ def asynchronous_row() -> dict:
 
 def mismatch_row() -> dict:
     names = ("mean_abs", "k1", "k3", "share_above_ln2")
-    return {**{f"mismatch/{name}": 0.0 for name in names}, "alarm/mismatch": False}
+    return {**{f"mismatch/{name}": 0.0 for name in names}, **agreement_row()}
+
+
+def agreement_row() -> dict:
+    """What a row has besides where engine and trainer were compared at equal weights, and hardly differ."""
+    return {"mismatch/log_weight_std": 1e-5, "alarm/mismatch": False}
 
 
 def step_row(batch: int, age: int) -> dict:
@@ -98,7 +103,7 @@ def step_row(batch: int, age: int) -> dict:
         "gradient/noise_share": 0.4,
         "ess": 1.0 - 0.2 * age,
         **{f"{'mismatch' if age == 0 else 'drift'}/{name}": value for name, value in difference.items()},
-        **({"alarm/mismatch": False} if age == 0 else {}),
+        **(agreement_row() if age == 0 else {}),
         "entropy/old_policy": 0.5,
         "entropy/current": 0.5,
         "kl_reference/k1": 0.01,
@@ -115,13 +120,20 @@ def routes_of_rollout(batch: int) -> dict:
     """What a rollout row has besides where routes are recorded. Replay lowers k3 to a tenth."""
     reasons = ("truncated", "layers", "range", "duplicates", "zero_layer", "missing")
     reasons += ("mixed_versions", "retracted", "older_cache")
-    difference = {"mean_abs": 0.01, "k1": 1e-3, "k3": 2e-3 * (batch + 1), "share_above_ln2": 0.001}
     return {
         "routing/missing_share": 0.01,
         "routing/bytes_per_token_wire": 21.4,
         "routing/bytes_per_token_stored": 4.0,
         "routing/bytes_per_token_gathered": 4.0,
         **{f"routing/masked/{reason}": number for number, reason in enumerate(reasons)},
+        **routes_of_probe(batch),
+    }
+
+
+def routes_of_probe(batch: int) -> dict:
+    """What a row has besides where trajectories were probed for their routes."""
+    difference = {"mean_abs": 0.01, "k1": 1e-3, "k3": 2e-3 * (batch + 1), "share_above_ln2": 0.001}
+    return {
         **{f"routing_probe/native/{name}": value for name, value in difference.items()},
         **{f"routing_probe/replayed/{name}": value / 10 for name, value in difference.items()},
         "routing_probe/same_set": 0.995,

@@ -13,8 +13,8 @@ from megatron_vespo.observability.collapse import (
     collapse,
     final_accuracy,
     generated_tokens,
-    last_mini_batches,
     smoothed,
+    stalest_steps,
     status,
     trained_tokens,
     wall_seconds,
@@ -171,7 +171,7 @@ def test_mini_batches_are_averaged_or_the_stalest_is_taken():
     ]
     run = RunFolder(Path("run"), rows={"step": steps})
     assert batch_means(run, "x") == [(0.0, 2.0), (2.0, 7.0), (4.0, 100.0)]
-    assert last_mini_batches(run, "x") == [(2.0, 3.0), (4.0, 9.0)]
+    assert stalest_steps(run, "x") == [(2.0, 3.0), (4.0, 9.0)]
 
 
 def test_results_are_the_summarys_or_else_what_the_metrics_say():

@@ -291,8 +291,8 @@ def test_settings_that_differ_are_shown_and_no_others(tmp_path):
 
 
 def test_cost_is_that_of_finished_runs(variants, tmp_path):
-    # 3 batches of 2, 0.5 and 4 steps of 1 second; 4 syncs of 0.4; 2 evaluations of 3; 83 in all.
-    known = [6.0, 1.5, 12.0, 1.6, 6.0]
+    # 3 batches of 2, 0.5 (no wait for groups) and 4 steps of 1 second; 4 syncs of 0.4; 2 evaluations of 3; 83 in all.
+    known = [6.0, 1.5, 0.0, 12.0, 1.6, 6.0]
     assert seconds_by_phase(variants[0].runs[0]) == pytest.approx([*known, 83 - sum(known)])
     html = write_comparison(tmp_path / "page.html", "t", variants).read_text()
     text = Page(html.split('id="chart-cost"')[1].split("</figure>")[0]).text

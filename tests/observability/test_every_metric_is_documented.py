@@ -11,6 +11,7 @@ from small_run import (
     mismatch_row,
     restart_row,
     rollout_row,
+    routes_of_probe,
     routes_of_rollout,
     routes_of_step,
     step_row,
@@ -37,7 +38,7 @@ def documented() -> dict[str, set[str]]:
 def test_every_metric_of_a_row_is_documented_and_nothing_else():
     assert documented() == {
         "rollout": set(rollout_row(0)) | set(routes_of_rollout(0)) | set(asynchronous_row()) | set(turns_row()),
-        "mismatch": set(mismatch_row()),
+        "mismatch": set(mismatch_row()) | set(routes_of_probe(0)),
         "step": set(step_row(0, 0)) | set(step_row(0, 1)) | set(routes_of_step(0)),
         "sync": set(sync_row(0)),
         "evaluation": set(evaluation_row("before", 0.5)),

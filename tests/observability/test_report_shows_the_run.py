@@ -118,7 +118,7 @@ def test_a_folder_without_a_run_is_the_users_mistake(tmp_path):
 
 
 def test_trouble_is_said_in_words(finished_run):
-    row = '{"kind": "step", "step": 13, "timestamp": 2e9, "mini_batch": 0, "log_weight/std": 0.8, "loss": null, "not_finite": {"loss": "nan"}}\n'
+    row = '{"kind": "step", "step": 13, "timestamp": 2e9, "mini_batch": 0, "staleness": 0, "alarm/mismatch": true, "mismatch/log_weight_std": 0.8, "loss": null, "not_finite": {"loss": "nan"}}\n'
     sync = '{"kind": "sync", "step": 13, "timestamp": 2e9, "mismatches": 2}\n'
     grade = '{"kind": "rollout", "step": 13, "timestamp": 2e9, "reward/outcome/timeout": 3}\n'
     with (finished_run / "metrics.jsonl").open("a") as file:
@@ -141,7 +141,7 @@ def test_a_run_of_numbers_that_are_not_finite_is_reported(tmp_path):
 
 def test_time_is_accounted_for(finished_run):
     run = read_run(finished_run)
-    assert batch_times(run) == [(batch, [2.0, 0.5, 4.0, pytest.approx(0.4)]) for batch in range(3)]
+    assert batch_times(run) == [(batch, [2.0, 0.5, 0.0, 4.0, pytest.approx(0.4)]) for batch in range(3)]
     figure = time_total(run)
     assert figure is not None
     # start-up 1.5, generating 6, rewards 1.5, training 12, 4 syncs of 0.4, 2 evaluations of 3; 83 in all

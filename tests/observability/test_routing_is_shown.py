@@ -167,7 +167,7 @@ def test_missing_routes_are_counted_by_their_reason():
 
 def test_findings_name_what_is_wrong_with_routes():
     good = {"routing/missing_share": 0.0, "routing_probe/native/k3": 1e-3, "routing_probe/replayed/k3": 1e-4}
-    equal = {"mini_batch": 0, "routing/same_set": 0.995}
+    equal = {"staleness": 0, "routing/same_set": 0.995}
     assert findings(with_rows(good, equal)) == []
     lost = {**good, "routing/missing_share": 0.2, "routing/masked/missing": 90, "routing/masked/range": 10}
     assert findings(with_rows(lost, equal)) == [
@@ -183,7 +183,7 @@ def test_findings_name_what_is_wrong_with_routes():
 
 
 @pytest.mark.parametrize(
-    ("share", "mini_batch", "engine", "said"),
+    ("share", "staleness", "engine", "said"),
     [
         (0.97, 0, {}, True),
         (0.97, 1, {}, False),
@@ -192,8 +192,8 @@ def test_findings_name_what_is_wrong_with_routes():
         (0.7, 0, {"router_noise": {"scale": 0.1}}, False),
     ],
 )
-def test_experts_that_differ_at_equal_weights_are_said(share, mini_batch, engine, said):
-    step = {"mini_batch": mini_batch, "routing/same_set": share}
+def test_experts_that_differ_at_equal_weights_are_said(share, staleness, engine, said):
+    step = {"staleness": staleness, "routing/same_set": share}
     found = findings(with_rows({}, step, rollout={"engine": engine}))
     assert any("don't compute the same router" in text for text in found) is said
 
