@@ -79,3 +79,41 @@ def test_parts_that_are_stopped_on_purpose_fail_nothing():
         return await supervisor.wait("export", asyncio.sleep(0.1, "done"), seconds=5)
 
     assert asyncio.run(scenario()) == "done"
+
+
+def test_parts_that_are_stopped_on_purpose_end_no_wait_that_goes_on():
+    async def scenario():
+        supervisor = Supervisor()
+        supervisor.watch("engine", never())
+        supervisor.watch("policy rank 0", never())
+        waiting = asyncio.ensure_future(supervisor.wait("export", asyncio.sleep(0.1, "done"), seconds=5))
+        await asyncio.sleep(0.01)
+        supervisor.forget("engine")
+        return await waiting
+
+    assert asyncio.run(scenario()) == "done"
+
+
+def test_what_dies_after_another_part_was_stopped_is_still_named():
+    async def scenario():
+        supervisor = Supervisor()
+        supervisor.watch("engine", never())
+        supervisor.watch("policy rank 0", fail_after(0.1, RuntimeError("out of memory")))
+        waiting = asyncio.ensure_future(supervisor.wait("train a step", never(), seconds=60))
+        await asyncio.sleep(0.01)
+        supervisor.forget("engine")
+        await asyncio.wait_for(waiting, timeout=5)
+
+    assert failure_of(scenario) == "policy rank 0: RuntimeError: out of memory"
+
+
+def test_the_deadline_holds_whatever_is_stopped_meanwhile():
+    async def scenario():
+        supervisor = Supervisor()
+        supervisor.watch("engine", never())
+        waiting = asyncio.ensure_future(supervisor.wait("train a step", never(), seconds=0.1))
+        await asyncio.sleep(0.01)
+        supervisor.forget()
+        await asyncio.wait_for(waiting, timeout=5)
+
+    assert failure_of(scenario).startswith("train a step: not finished after")
