@@ -82,8 +82,8 @@ class Generator:
 
     @asynccontextmanager
     async def held(self) -> AsyncIterator[float]:
-        """Inside, the weights change; enter it for nothing else. What runs is treated as `asynchronous.update` says. Gives
-        `time.monotonic()` of the moment from which requests were held."""
+        """Inside, the weights change; enter it for nothing else. What runs is treated as `asynchronous.update` says.
+        Gives `time.monotonic()` of the moment from which requests were held."""
         session = self._session
         asynchronous = session.config.algorithm.asynchronous
         assert asynchronous is not None

@@ -69,8 +69,8 @@ async def probe_engine_routes(session: Session) -> None:
 
 
 async def sample_probe(session: Session, stream: str, prompts: int, samples: int, max_tokens: int) -> list[Group]:
-    """Responses of one turn to the first held-out prompts, under exactly the weights that the trainer holds, as engines do
-    since the last sync, cached prefixes included; not graded."""
+    """Responses of one turn to the first held-out prompts, under exactly the weights that the trainer holds, as engines
+    do since the last sync, cached prefixes included; not graded."""
     config = session.config
     of_rollout = Generation.of_rollout(
         config.rollout,

@@ -77,7 +77,7 @@ class Sampler:
         await self.grader.grade(group.trajectories)
 
     def describe(self, groups: list[Group]) -> dict[str, Any]:
-        """Figures of rewards and responses. The rewards are to be the task's: before anything is added to shape them."""
+        """Figures of rewards and responses. The rewards are to be the task's: describe them before they are shaped."""
         trajectories = [t for group in groups for t in group.trajectories]
         rewards = np.array([t.reward for t in trajectories])
         lengths = np.array([t.sampled_tokens for t in trajectories])

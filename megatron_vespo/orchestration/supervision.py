@@ -112,7 +112,7 @@ class Supervisor:
                 task.cancel()
 
     async def _ends(self, task: asyncio.Future, seconds: float) -> bool:
-        """Whether `task` ended, or a watched part died, within `seconds`. A part that is no longer watched is neither."""
+        """Whether `task` ended, or a watched part died, within `seconds`. That one is no longer watched is neither."""
         deadline = time.monotonic() + seconds
         while True:
             watched = [sentinel for sentinel in self._sentinels.values() if not sentinel.cancelled()]

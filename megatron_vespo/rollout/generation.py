@@ -30,7 +30,7 @@ class Generation:
             response that is aborted for it goes on under the new ones.
         cache_version: oldest weights under which something in the engine's prefix cache may have been computed; None:
             the cache is emptied at each change of weights.
-        cache_of_version_only: of the prefix cache, use only what requests under `weight_version` that say so too computed.
+        cache_of_version_only: of the engine's prefix cache, use only what such requests under `weight_version` computed.
         routes: what the engine's routes look like; None: they are not asked for.
         response_length: each response gets a length that is drawn from this; None: the model ends it.
         environment: what it says after a turn, as token ids; None: the response ends there. Without one all responses

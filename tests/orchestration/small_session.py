@@ -92,7 +92,10 @@ def session_of(engine: Engine, **algorithm) -> Any:
     rollout = RolloutConfig(group_size=GROUP_SIZE, max_response_tokens=4, concurrent_groups=3)
     tokenizer = SimpleNamespace(stop_token_ids=[2], decode_response=str, ids_beyond=lambda ids: 0)
     console = SimpleNamespace(phase=lambda *told: None, progress=lambda *told: None, event=lambda told: None)
-    sampler = Sampler(Fleet([engine]), Grader(), tokenizer, 10, rollout, Supervisor(), console)  # type: ignore[arg-type,list-item]
+    played: Any = SimpleNamespace(engine=engine, grader=Grader(), tokenizer=tokenizer, console=console)
+    sampler = Sampler(
+        Fleet([played.engine]), played.grader, played.tokenizer, 10, rollout, Supervisor(), played.console
+    )
     rows: list[dict] = []
     return SimpleNamespace(
         config=SimpleNamespace(

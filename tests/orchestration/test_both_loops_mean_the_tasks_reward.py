@@ -1,7 +1,7 @@
 """What is told of rewards, and which groups are left out, goes by the task's reward, however training shapes it.
 
-Two responses to each prompt, of 1 and of 3 tokens, rewards 0 and 1, or 0 and 0 to each third prompt; the longer one then
-loses a half.
+Two responses to each prompt, of 1 and of 3 tokens, with rewards 0 and 1, or 0 and 0 to each third prompt; the longer
+one then loses a half.
 """
 
 import asyncio

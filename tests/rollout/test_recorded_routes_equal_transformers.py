@@ -150,7 +150,7 @@ def test_routes_out_of_a_cache_of_older_weights_are_masked(plain_engine, referen
 
 
 def test_evaluations_and_probes_use_nothing_that_older_weights_computed(plain_engine, reference, tmp_path):
-    """The same prompts under two weights, and the engine keeps its cache: log-probs are those of a model without one."""
+    """The same prompts under two weights, and the engine keeps its cache: log-probs are of a model without one."""
     engine = plain_engine
     write_tiny_qwen3_moe(tmp_path / "other", seed=1)
     new, prompts = load(tmp_path / "other"), random_prompts(3, seed=13)
