@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_vespo.config import AlgorithmConfig, RolloutConfig, RoutingConfig
+from megatron_vespo.config import AlgorithmConfig, CheckpointConfig, RolloutConfig, RoutingConfig
 from megatron_vespo.orchestration.sampler import Sampler
 from megatron_vespo.orchestration.session import Progress, Tally
 from megatron_vespo.orchestration.supervision import Supervisor
@@ -103,6 +103,7 @@ def session_of(engine: Engine, **algorithm) -> Any:
             rollout=rollout,
             routing=RoutingConfig(),
             policy=SimpleNamespace(reference=None),
+            checkpoint=CheckpointConfig(export_every=3),
             seed=1,
         ),
         engines=SimpleNamespace(weight_version=0, waiting=[], came_back=never),
@@ -113,6 +114,7 @@ def session_of(engine: Engine, **algorithm) -> Any:
         console=console,
         routing_shape=None,
         tally=Tally(),
+        writers=[],
         rows=rows,
         record=lambda kind, step, values: rows.append({"kind": kind, "step": step} | values),
     )
