@@ -13,7 +13,7 @@ quickstart: $(STAMP)
 quickstart-async: $(STAMP)
 	$(BIN)/megatron-vespo train examples/quickstart_async.yaml
 
-# VESPO and GRPO at staleness 64, three seeds each; goes on where it was stopped.
+# VESPO and GRPO at N = 64 (algorithm.staleness), three seeds each; goes on where it was stopped.
 compare: $(STAMP)
 	$(BIN)/megatron-vespo ablate examples/lab/compare.yaml --out runs/compare
 

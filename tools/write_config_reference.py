@@ -23,8 +23,8 @@ HEAD = """# Configuration
 
 Made by `python tools/write_config_reference.py` from `megatron_vespo/config`; a test compares the two. Every key of a
 YAML file, and of `key.path=value` on a command line, with its default. Unknown keys are refused, and all mistakes are
-said at once, before anything starts. `megatron-vespo train CONFIG --dry-run` prints a configuration with all of its
-defaults, and what they come to.
+reported at once, before anything starts. `megatron-vespo train CONFIG --dry-run` prints a configuration with all of its
+defaults, and what they amount to. A default of none is written `null` in YAML.
 
 A file may begin with `base: other.yaml` (relative to its own folder), over which it is laid key by key; a list replaces
 that of the base, and so does a mapping of another kind (`name`, `type`).
@@ -59,6 +59,13 @@ def type_of(annotation: Any) -> str:
     )
 
 
+def types_of(field: FieldInfo) -> str:
+    """`null` is named where the default does not show already that it is allowed."""
+    optional = types.NoneType in typing.get_args(field.annotation)
+    shown = field.get_default(call_default_factory=True) is None
+    return type_of(field.annotation) + (", null" if optional and not shown else "")
+
+
 def default_of(field: FieldInfo) -> str:
     value = field.get_default(call_default_factory=True) if not field.is_required() else PydanticUndefined
     if value is PydanticUndefined:
@@ -74,7 +81,7 @@ def default_of(field: FieldInfo) -> str:
 
 
 def meaning_of(section: type[BaseModel], name: str, field: FieldInfo) -> str:
-    """Of the field, or of the one that it takes the place of, or where it is told."""
+    """Of the field, or of the one that it takes the place of, or where it is explained."""
     if field.description:
         return in_cell(field.description)
     for base in section.__mro__[1:]:
@@ -111,7 +118,7 @@ def write_section(path: str, section: type[BaseModel], level: int, done: dict[ty
     nested: list[tuple[str, type[BaseModel], bool]] = []
     for name, field in section.model_fields.items():
         sections = list(dict.fromkeys(sections_of(field.annotation)))
-        yield f"| `{name}` | {type_of(field.annotation)} | {default_of(field)} | {meaning_of(section, name, field)} |"
+        yield f"| `{name}` | {types_of(field)} | {default_of(field)} | {meaning_of(section, name, field)} |"
         whole = f"{path}.{name}" if path else name
         nested += [(whole, one, len(sections) == 1) for one in sections]
     yield ""

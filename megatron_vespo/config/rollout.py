@@ -58,8 +58,8 @@ class EngineConfig(Section):
     memory_fraction: float = Field(default=0.7, gt=0, lt=1)
     """Of GPU memory for weights and KV cache (`--mem-fraction-static`)."""
     port: int | None = Field(default=None, ge=1, le=65535)
-    """Of the first server, further ones count up from it. None: free ports. A port in use is replaced by a free one, and
-    said."""
+    """Of the first server, further ones count up from it. None: free ports. A port in use is replaced by a free one,
+    and that is reported."""
     startup_timeout_seconds: PositiveFloat = 600.0
     """Until an engine serves."""
     request_timeout_seconds: PositiveFloat = 1800.0

@@ -70,9 +70,8 @@ def seen_by_torch(gpus: list[str], values: dict[str, Any]) -> list[Finding]:
 
 def check_transformer_engine(has_gpu: bool, seconds: float) -> Finding:
     cost = "Megatron's own layers: experts one by one instead of grouped, attention without its kernels, no ring for cp > 1"
-    mend = (
-        f"{sys.executable} -m pip install --no-build-isolation --no-deps transformer-engine-torch (as cuda.lock says)"
-    )
+    part = "$(sed -n 's/^transformer-engine==/transformer-engine-torch==/p' requirements/cuda.lock)"
+    mend = f"{sys.executable} -m pip install --no-build-isolation --no-deps {part}"
     return _optional("Transformer Engine", "transformer_engine.pytorch", cost, mend, has_gpu, seconds)
 
 

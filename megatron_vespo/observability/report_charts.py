@@ -1,5 +1,6 @@
 """The charts of the report: each takes a run and returns a figure, or None where the run has no such measurements."""
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
@@ -132,6 +133,31 @@ def phi(run: RunFolder) -> Figure | None:
         "The orange share is thrown away; above 20% the data is too stale or the rate too high."
     )
     return Figure("phi", "Gradient coefficients", caption, plot.html())
+
+
+def ages(run: RunFolder) -> Figure | None:
+    """How old what was trained on was; nothing to see where all of it was on-policy."""
+    found = Counter(int(age) for row in run.weights for age in row.get("age", []) if age is not None)
+    oldest, whole = max(found, default=0), found.total()
+    if oldest == 0:
+        return None
+    bars = range(oldest + 1)
+    shares = [found[age] / whole for age in bars]
+    x = linear_axis([-0.5, oldest + 0.5], "age in optimizer steps", exact=True, ticks=min(oldest + 1, 5))
+    plot = Plot(
+        x,
+        linear_axis(shares, "share of trajectories", include=[0.0], form=percent),
+        "share of trained trajectories by age",
+        form=percent,
+        x_name="age",
+    )
+    plot.stacked_bars([age - 0.5 for age in bars], [age + 0.5 for age in bars], [("trajectories", "blue", shares)])
+    average = sum(age * count for age, count in found.items()) / whole
+    caption = (
+        "Optimizer steps between the weights that sampled a trajectory's first token and those that trained on it, over "
+        f"all {whole:,} trajectories of the run: {average:.1f} on average, {oldest} at most."
+    )
+    return Figure("ages", "Age of the data", caption, plot.html())
 
 
 def sample_size(run: RunFolder) -> Figure | None:
@@ -267,5 +293,5 @@ def age_groups(staleness: list) -> list[tuple[str, str, set[int]]]:
 
 Maker = Callable[[RunFolder], Figure | None]
 LEARNING: tuple[Maker, ...] = (learning, length, signal, entropy)
-CORRECTION: tuple[Maker, ...] = (log_weight, phi, sample_size, mismatch)
+CORRECTION: tuple[Maker, ...] = (ages, log_weight, phi, sample_size, mismatch)
 COST: tuple[Maker, ...] = (throughput, loss, gradient, learning_rate)

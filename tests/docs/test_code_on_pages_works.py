@@ -8,7 +8,9 @@ import pytest
 import torch
 from code_blocks import REPOSITORY, write_files
 
-from megatron_vespo.config import TrainConfig, load_config
+from megatron_vespo.config import SFTConfig, TrainConfig, load_config
+from megatron_vespo.data.prompts import PromptStream, held_out_prompts, question_texts
+from megatron_vespo.data.tokenizer import load_tokenizer
 from megatron_vespo.objective import policy_loss
 from megatron_vespo.rewards.scorers import build_environment, build_scorer
 
@@ -63,6 +65,32 @@ def test_the_reward_of_ones_own_grades_rows_of_the_file(user):
     assert [grade(text, row) for text in ("It is 5", "5\n", "6", "5 or so")] == [1.0, 1.0, 0.0, 0.0]
 
 
+def write_sums(path: Path, numbers: range) -> None:
+    path.write_text("prompt,answer\n" + "".join(f"What is 2 + {n}?,{2 + n}\n" for n in numbers))
+
+
+def test_the_files_of_a_task_of_ones_own_are_enough_for_a_run(user):
+    """With as many rows as the page asks for, held-out and training prompts are drawn as a run draws them."""
+    folder = user("tasks.md")
+    write_sums(folder / "sums.csv", range(200, 203))
+    write_sums(folder / "held_out.csv", range(100))
+    config = load_config(TrainConfig, "own.yaml")
+    tokenizer = load_tokenizer(config.model.path)
+    held_out = held_out_prompts(config.evaluation, config.data, tokenizer)
+    assert {prompt.text for prompt in held_out} == {f"What is 2 + {n}?" for n in range(100)}
+    stream = PromptStream(config.data, tokenizer, config.seed, excluded=question_texts(held_out))
+    passes = [sorted(prompt.text for prompt in stream.take(3)) for _ in range(4)]  # it begins again after each
+    assert passes == [[f"What is 2 + {n}?" for n in (200, 201, 202)]] * 4
+
+
+def test_an_evaluation_of_several_turns_has_the_environment_too(user):
+    user("tasks.md")
+    config = load_config(TrainConfig, "with_tools.yaml")
+    (trained,), (evaluated,) = config.data.sources, config.evaluation.sources or ()
+    assert trained.environment == evaluated.environment == "my_tools:calculate"
+    assert (trained.path, evaluated.path) == ("sums.csv", "held_out.csv")
+
+
 def test_the_environment_of_ones_own_answers_and_ends(user):
     user("tasks.md")
     config = load_config(TrainConfig, "with_tools.yaml")
@@ -81,3 +109,14 @@ def test_the_configuration_for_another_model_is_complete(user):
     config = load_config(TrainConfig, "mine.yaml")
     assert config.policy.layout.ep == 1 and config.rollout.engine.max_total_tokens is None
     assert config.data.max_prompt_tokens + config.rollout.max_response_tokens <= config.policy.micro_batch_tokens
+    # Nothing is left of what the quickstart has for its tiny base.
+    of_quickstart = load_config(TrainConfig, "examples/quickstart.yaml")
+    assert not [source for source in config.data.sources if source in of_quickstart.data.sources]
+    assert config.evaluation.sources and config.evaluation.exclude == ()
+    assert config.weight_sync.bucket_mb == 512
+
+
+def test_the_configuration_for_demonstrations_is_complete(user):
+    user("models.md")
+    config = load_config(SFTConfig, "sft.yaml")
+    assert (config.demonstrations.path, config.steps, config.policy.ranks) == ("demonstrations.jsonl", 500, 1)

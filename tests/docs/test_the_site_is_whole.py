@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from megatron_vespo.observability.run_folder import FILES
+
 REPOSITORY = Path(__file__).parents[2]
 
 
@@ -41,6 +43,17 @@ def test_every_link_within_the_site_leads_somewhere(site):
             assert found.exists(), f"{page.name}: {target}"
             if anchor and found.suffix == ".html":
                 assert f'id="{anchor}"' in found.read_text(), f"{page.name}: {target}#{anchor}"
+
+
+def test_the_table_of_what_a_run_leaves_has_every_file_of_the_report():
+    section = (REPOSITORY / "docs" / "operations.md").read_text().split("## What a run leaves\n")[1].split("\n## ")[0]
+    named = {
+        name
+        for line in section.splitlines()
+        if line.startswith("| `")
+        for name in re.findall("`([^`]+)`", line.split(" | ")[0])
+    }
+    assert set(FILES) <= named
 
 
 def test_the_configuration_reference_is_up_to_date():

@@ -197,7 +197,7 @@ def weights(step: int) -> dict:
         math.exp(2 * x + 3 * (1 - math.exp(x))) if a >= 0 else math.exp(3 * x + 2 * (1 - math.exp(x)))
         for x, a in zip(log_weight, advantage, strict=True)
     ]
-    return {"log_weight": log_weight, "phi": phi, "advantage": advantage}
+    return {"log_weight": log_weight, "phi": phi, "advantage": advantage, "age": [(step - 1) % STALENESS] * 16}
 
 
 def sample(prompt: str, response: str, reward: float) -> dict:

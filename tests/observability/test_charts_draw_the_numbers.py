@@ -3,6 +3,7 @@ import math
 import re
 from html import unescape
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 from browser import needs_chromium, seen_in_browser
@@ -10,8 +11,8 @@ from browser import needs_chromium, seen_in_browser
 from megatron_vespo.observability.charts import Axis, Plot, linear_axis, log_axis, nice_ticks
 from megatron_vespo.observability.kernel_chart import kernel
 from megatron_vespo.observability.report import write_report
-from megatron_vespo.observability.report_charts import age_groups
-from megatron_vespo.observability.run_folder import read_run
+from megatron_vespo.observability.report_charts import age_groups, ages
+from megatron_vespo.observability.run_folder import RunFolder, read_run
 
 
 def points(path: str) -> list[tuple[float, float]]:
@@ -77,6 +78,23 @@ def test_the_measured_dots_lie_on_the_kernels_curves(finished_run):
         assert min(abs(y - height) for height in heights) < 1.5
 
 
+def test_bars_of_ages_are_the_shares_of_all_trained_trajectories():
+    figure = ages(RunFolder(Path("run"), weights=[{"step": 1, "age": [0, 0, 0, 1]}, {"step": 2, "age": [3, 3, 1, 0]}]))
+    assert figure is not None and "all 8 trajectories of the run: 1.0 on average, 3 at most" in figure.caption
+    (series,) = json.loads(unescape(re.findall(r'data-hover="([^"]*)"', figure.body)[0]))
+    assert [point[1:] for point in series["points"]] == [
+        ["age 0", "50%"],
+        ["age 1", "25%"],
+        ["age 2", "0%"],
+        ["age 3", "25%"],
+    ]
+
+
+@pytest.mark.parametrize("rows", [[], [{"step": 1, "age": [0, 0]}], [{"step": 1, "log_weight": [0.1]}]])
+def test_data_that_is_never_old_has_no_chart_of_ages(rows):
+    assert ages(RunFolder(Path("run"), weights=rows)) is None
+
+
 @pytest.mark.parametrize("oldest", [0, 3, 5, 6, 15, 63])
 def test_every_staleness_has_one_of_at_most_six_colours(oldest):
     groups = age_groups(list(range(oldest + 1)) * 2)
@@ -105,5 +123,5 @@ def test_a_browser_draws_every_chart_without_an_error(finished_run, tmp_path, wi
     page = write_report(finished_run).read_text(encoding="utf-8").replace("</body>", probe)
     seen = seen_in_browser(page, width, tmp_path)
     assert seen["width"] == width and seen["overflow"] <= 0
-    assert seen["areas"] == seen["drawn"] == 15
-    assert seen["tips"] == seen["hovers"] >= 13
+    assert seen["areas"] == seen["drawn"] == 16
+    assert seen["tips"] == seen["hovers"] >= 14

@@ -14,7 +14,7 @@ from megatron_vespo.observability.sinks import JsonlSink, Metrics
 from megatron_vespo.observability.time_charts import batch_times, time_total
 
 CHARTS = {
-    *("learning", "length", "signal", "entropy", "kernel", "log-weight", "phi", "sample-size", "mismatch"),
+    *("learning", "length", "signal", "entropy", "kernel", "ages", "log-weight", "phi", "sample-size", "mismatch"),
     *("time", "time-total", "throughput", "loss", "grad-norm", "learning-rate"),
 }
 
@@ -136,7 +136,7 @@ def test_a_run_of_numbers_that_are_not_finite_is_reported(tmp_path):
         for kind, step, values in run_rows():
             broken = {name: float("inf") if isinstance(value, float) else value for name, value in values.items()}
             metrics.write(kind, step, broken if kind in ("rollout", "step") else values)
-    assert CHARTS - {"kernel", "time"} <= set(charts(page(tmp_path)))
+    assert CHARTS - {"kernel", "ages", "time"} <= set(charts(page(tmp_path)))
 
 
 def test_time_is_accounted_for(finished_run):

@@ -154,6 +154,14 @@ def test_bad_input_is_named_and_nothing_starts(tmp_path, change, arguments, said
     assert not (tmp_path / "out").exists()
 
 
+def test_one_seed_of_the_example_is_twelve_runs(tmp_path):
+    grid = EXAMPLES / "lab" / "routing_replay.yaml"
+    tool = [sys.executable, "tools/routing_replay_ablation.py", "--config", str(grid), "--out", str(tmp_path / "out")]
+    listed = subprocess.run([*tool, "--seed", "1", "--dry-run"], capture_output=True, text=True, timeout=400)
+    folders = [Path(line) for line in listed.stdout.splitlines()]
+    assert listed.returncode == 0 and len(set(folders)) == 12 and {folder.name for folder in folders} == {"seed_1"}
+
+
 def test_the_example_grids_are_what_they_say():
     file = EXAMPLES / "lab" / "routing_replay.yaml"
     runs = plan_runs(load_config(AblationConfig, file), file, Path("out"))
