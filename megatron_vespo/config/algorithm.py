@@ -28,7 +28,8 @@ class AdvantageConfig(Section):
     std_epsilon: PositiveFloat = 1e-6
     """Added to standard deviations."""
     zero_variance_groups: Literal["keep", "filter"] = "keep"
-    """Groups whose rewards are all equal: trained on (they count in denominators), or left out of the step."""
+    """Groups whose rewards are all equal, before `overlong_shaping` and a KL taken off the reward: trained on (they
+    count in denominators), or left out of the step."""
     function: str | None = None
     """Of `estimator: custom`: the dotted path `package.module:function` of
     `(rewards [groups, G], config) -> advantages [groups, G]`."""

@@ -30,7 +30,7 @@ class OptimizerConfig(Section):
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """From `learning_rate` to `min_learning_rate` over the run."""
     warmup_steps: int = Field(default=0, ge=0)
-    """Linear from 0, before the schedule."""
+    """Linear, before the schedule: of w such steps, step k from 0 has (k + 1) / (w + 1) of the rate, never 0."""
     betas: tuple[Beta, Beta] = (0.9, 0.95)
     """AdamW's."""
     epsilon: PositiveFloat = 1e-8

@@ -153,8 +153,10 @@ class WeightSyncConfig(Section):
     verify_every: PositiveInt = 10
     """Compare the checksum of every tensor on every engine at the start and at each such sync; on a new engine always."""
     flush_cache: bool = True
-    """Empty the engines' prefix caches at each sync, not only at a run's first. Kept, they serve prompts computed under
-    older weights; their routes are then marked with the older version and not replayed."""
+    """Empty the engines' prefix caches at each sync, not only at a run's first. Kept, they serve keys and values of
+    prompts that older weights computed: log-probs of training responses are what the engine sampled with over those,
+    while the trainer's come from its own weights alone; routes of such a prefix are marked with the older version and
+    not replayed. Evaluations and probes use nothing that older weights computed in either case."""
     timeout_seconds: PositiveFloat = 600.0
     """Of a whole sync, and of verifying it. An engine that is not done by then is given up."""
 

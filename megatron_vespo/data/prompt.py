@@ -18,5 +18,5 @@ class Prompt:
     text: str
     token_ids: NDArray[np.int32]  # [prompt tokens]
     source: int
-    """Index of the prompt's source in `data.sources`."""
+    """Index of the prompt's source in `data.sources` followed by `evaluation.sources`."""
     reference: object

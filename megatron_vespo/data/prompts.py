@@ -40,6 +40,17 @@ class PromptStream:
         """
         return [self._next() for _ in range(count)]
 
+    def require_usable(self) -> None:
+        """Find the next prompt of each source, and go back: a source without one is better known before the run.
+
+        Raises:
+            ConfigError: as `take`, of the first such source.
+        """
+        state = self.state_dict()
+        for number in range(len(self._sources)):
+            self._next_of(number)
+        self.load_state_dict(state)
+
     def state_dict(self) -> dict[str, int | list[int]]:
         """Where the stream stands, in small integers."""
         return {
@@ -67,6 +78,9 @@ class PromptStream:
     def _next(self) -> Prompt:
         number = choose(self._data.sources, self._seed, self._drawn)
         self._drawn += 1
+        return self._next_of(number)
+
+    def _next_of(self, number: int) -> Prompt:
         source = self._sources[number]
         for _ in range(_patience(source)):
             index = self._cursors[number]

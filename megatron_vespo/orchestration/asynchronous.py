@@ -21,6 +21,7 @@ async def train(session: Session) -> None:
     training, started = BusyTime(), time.monotonic()
     if progress.step == 0:
         await evaluate_policy(session, "before")
+    await exports.after_step()
     await sync_weights(session)
     generator = Generator(session)
     checkpoints = Checkpoints(session, generator.note_progress)
@@ -57,7 +58,9 @@ async def train(session: Session) -> None:
 
 async def evaluate_held_out(session: Session, generator: Generator) -> None:
     """With the trainer's weights of now, beside what is being sampled."""
-    async with generator.held() as held_since:
-        await sync_weights(session, held_since)
+    # An engine that waits for them while others have them is seen to in `evaluate`, and nothing is interrupted for it.
+    if session.engines.weight_version != session.progress.step:
+        async with generator.held() as held_since:
+            await sync_weights(session, held_since)
     # Not `evaluate_policy`: engines sample again, and one that comes back now gets its weights beside the others' work.
     await evaluate(session, "during", session.progress.step)

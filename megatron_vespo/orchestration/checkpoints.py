@@ -177,7 +177,11 @@ def of_steps(folder: Path) -> list[Path]:
 
 
 def complete(partial: Path) -> dict[str, int]:
-    """Give a checkpoint its name once every file is on disk. Returns the size of each."""
+    """Give a checkpoint its name once every file is on disk. Returns the size of each.
+
+    Raises:
+        OSError: there is one of that name, which is left as it is.
+    """
     files = sorted(path for path in partial.rglob("*") if path.is_file())
     sizes = {str(path.relative_to(partial)): path.stat().st_size for path in files}
     for path in files:
@@ -187,12 +191,7 @@ def complete(partial: Path) -> dict[str, int]:
     for folder in {path.parent for path in files} | {partial}:
         _to_disk(folder)
     final = partial.with_name(partial.name.removesuffix(PARTIAL))
-    aside = final.with_name(f"{final.name}.replaced{PARTIAL}")
-    if final.exists():
-        final.rename(aside)
     partial.rename(final)
-    if aside.exists():
-        shutil.rmtree(aside)
     _to_disk(final.parent)
     return sizes
 

@@ -5,13 +5,11 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-import numpy as np
-
 from megatron_vespo.admission import Bound, Ledger
 from megatron_vespo.data.prompt import Prompt
 from megatron_vespo.orchestration.busy_time import BusyTime
 from megatron_vespo.orchestration.drawn_prompts import DrawnPrompts
-from megatron_vespo.orchestration.mini_batches import settle_truncated
+from megatron_vespo.orchestration.mini_batches import mark_trained, settle_truncated
 from megatron_vespo.orchestration.session import Session
 from megatron_vespo.rollout.generate import generate_group
 from megatron_vespo.rollout.generation import Generation
@@ -31,7 +29,6 @@ class Generator:
         algorithm = session.config.algorithm
         self._session = session
         self._needed = algorithm.steps * algorithm.prompts_per_step
-        self._filter = algorithm.advantage.zero_variance_groups == "filter"
         self._running: dict[int, asyncio.Task[None]] = {}
         self._failure: BaseException | None = None
         self._holding = False
@@ -86,8 +83,8 @@ class Generator:
 
     @asynccontextmanager
     async def held(self) -> AsyncIterator[float]:
-        """Inside, the weights may change. What runs is treated as `asynchronous.update` says. Gives `time.monotonic()` of
-        the moment from which requests were held."""
+        """Inside, the weights change; enter it for nothing else. What runs is treated as `asynchronous.update` says.
+        Gives `time.monotonic()` of the moment from which requests were held."""
         session = self._session
         asynchronous = session.config.algorithm.asynchronous
         assert asynchronous is not None
@@ -108,7 +105,8 @@ class Generator:
         """Put what a checkpoint needs into the session's progress: what is complete, and which prompts are not."""
         progress = self._session.progress
         progress.mini_batches = [group.trajectories for group in self.complete.values()]
-        progress.prompts, progress.drawn = self._drawn.state(self._running)
+        # Not the tasks that run: one that has just kept its group is among them until its callback was called.
+        progress.prompts, progress.drawn = self._drawn.state(self.ledger.deadlines.keys() - self.complete.keys())
 
     @property
     def running(self) -> int:
@@ -138,28 +136,24 @@ class Generator:
         self._tokens += tokens
         session.tally.generated_tokens += tokens
         session.tally.trajectories_generated += len(group.trajectories)
-        if self._filter and np.ptp([trajectory.reward for trajectory in group.trajectories]) == 0:
+        mark_trained([group], session.config.algorithm.advantage)
+        if not group.trained:
             self.ledger.leave_out(number)
             session.tally.trajectories_filtered += len(group.trajectories)
         else:
             self.complete[number] = group
 
     def _generation(self) -> Generation:
-        session, config = self._session, self._session.config
-        return Generation(
-            samples=config.rollout.group_size,
-            sampling=config.rollout.sampling,
-            max_response_tokens=config.rollout.max_response_tokens,
-            deterministic=config.rollout.deterministic,
-            concurrent_groups=1,
-            stop_token_ids=tuple(session.sampler.tokenizer.stop_token_ids),
+        session = self._session
+        return Generation.of_rollout(
+            session.config.rollout,
+            stop_token_ids=session.sampler.tokenizer.stop_token_ids,
             vocab_size=session.sampler.vocab_size,
-            run_seed=config.seed,
+            run_seed=session.config.seed,
             stream="rollout",
             weight_version=None,
             cache_version=session.weights.cache_version,
             routes=session.routing_shape,
-            response_length=config.rollout.response_length,
             environment=session.sampler.answer,
         )
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from megatron_vespo.config import AdvantageConfig, AlgorithmConfig, RolloutConfig
 from megatron_vespo.config.algorithm import OldPolicy
-from megatron_vespo.objective.advantages import advantages, trained_groups
+from megatron_vespo.objective.advantages import advantages, trained_groups, without_variance
 from megatron_vespo.objective.kl import kl_penalty
 from megatron_vespo.objective.overlong import overlong_penalty
 from megatron_vespo.packing.batch import TrainingSequence
@@ -27,11 +27,23 @@ def settle_truncated(groups: list[Group], rollout: RolloutConfig) -> None:
             trajectory.reward -= rollout.truncation_penalty
 
 
+def rewards_of(groups: list[Group]) -> NDArray[np.float64]:
+    """[groups, G], as they are now."""
+    return np.array([[trajectory.reward for trajectory in group.trajectories] for group in groups], dtype=np.float64)
+
+
 def first_with_variance(groups: list[Group], count: int) -> list[Group]:
     """`count` of these groups in their order; those whose rewards are all equal only where the others are too few."""
-    without = [float(np.ptp([trajectory.reward for trajectory in group.trajectories])) == 0 for group in groups]
+    without = without_variance(rewards_of(groups))
     chosen = sorted(sorted(range(len(groups)), key=lambda index: without[index])[:count])
     return [groups[index] for index in chosen]
+
+
+def mark_trained(groups: list[Group], config: AdvantageConfig) -> None:
+    """In place, those that the algorithm leaves out. By the task's rewards: call it before `shape_rewards`, after which
+    hardly two rewards are equal."""
+    for group, trained in zip(groups, trained_groups(rewards_of(groups), config), strict=True):
+        group.trained = bool(trained)
 
 
 def shape_rewards(groups: list[Group], algorithm: AlgorithmConfig, max_response_tokens: int) -> None:
@@ -74,11 +86,8 @@ def response_log_probs(trajectory: Trajectory, scores: TokenScores) -> NDArray[n
 
 
 def assign_advantages(groups: list[Group], config: AdvantageConfig) -> None:
-    """In place; groups that the algorithm leaves out are marked so."""
-    rewards = np.array([[trajectory.reward for trajectory in group.trajectories] for group in groups])
-    for group, trained in zip(groups, trained_groups(rewards, config), strict=True):
-        group.trained = bool(trained)
-    for group, row in zip(groups, advantages(rewards, config), strict=True):
+    """In place, of the rewards as they are now; also to groups that are left out, which the estimator may look at."""
+    for group, row in zip(groups, advantages(rewards_of(groups), config), strict=True):
         for trajectory, advantage in zip(group.trajectories, row, strict=True):
             trajectory.advantage = float(advantage)
 

@@ -58,9 +58,7 @@ def prepare_training(config: TrainConfig) -> Prepared:
     build_environments(sources)
     held_out = held_out_prompts(config.evaluation, config.data, tokenizer)
     prompts = PromptStream(config.data, tokenizer, seed=config.seed, excluded=question_texts(held_out))
-    for source in config.data.sources:  # a source without a usable prompt is better known now
-        alone = config.data.model_copy(update={"sources": (source,)})
-        PromptStream(alone, tokenizer, seed=config.seed, excluded=question_texts(held_out)).take(1)
+    prompts.require_usable()
     return Prepared(architecture, tokenizer, prompts, held_out, checkpoint_bytes)
 
 

@@ -7,6 +7,7 @@ from megatron_vespo.orchestration.generator import Generator
 from megatron_vespo.orchestration.mini_batches import (
     assign_advantages,
     first_with_variance,
+    mark_trained,
     settle_truncated,
     shape_rewards,
 )
@@ -43,6 +44,7 @@ async def collect_rollouts(session: Session, batch: int, weight_version: int) ->
     figures = sampler.describe(groups) | await probe_batch(session, groups)
     await rescore(session, groups)
     figures |= recording_figures([t for group in groups for t in group.trajectories])
+    mark_trained(groups, config.algorithm.advantage)
     shape_rewards(groups, config.algorithm, config.rollout.max_response_tokens)
     assign_advantages(groups, config.algorithm.advantage)
 
@@ -74,10 +76,11 @@ async def prepare_groups(
     """The groups of one asynchronous step, scored by the trainer and given advantages, and a row about them."""
     config, step = session.config, session.progress.step
     trajectories = [trajectory for group in groups for trajectory in group.trajectories]
+    figures = session.sampler.describe(groups)
     await rescore(session, groups)
+    figures |= recording_figures(trajectories)
     shape_rewards(groups, config.algorithm, config.rollout.max_response_tokens)
     assign_advantages(groups, config.algorithm.advantage)
-    figures = session.sampler.describe(groups) | recording_figures(trajectories)
     session.record(
         "rollout",
         step,

@@ -6,14 +6,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from megatron_vespo.errors import RunError
 from megatron_vespo.objective.diagnostics import difference_diagnostics
-from megatron_vespo.objective.metrics import measured_difference
 from megatron_vespo.orchestration.engine_weights import attended
 from megatron_vespo.orchestration.mini_batches import response_log_probs, training_sequences
 from megatron_vespo.orchestration.policy_group import RecordedRoutes
+from megatron_vespo.orchestration.rescoring import engine_mismatch
 from megatron_vespo.orchestration.session import Session
 from megatron_vespo.orchestration.supervision import all_of
 from megatron_vespo.policy.result import TokenScores
@@ -70,21 +69,27 @@ async def probe_engine_routes(session: Session) -> None:
 
 
 async def sample_probe(session: Session, stream: str, prompts: int, samples: int, max_tokens: int) -> list[Group]:
-    """Responses to the first held-out prompts, under exactly the weights that the trainer holds, as engines do since the last sync; not graded."""
-    config, version = session.config, session.progress.step
-    generation = Generation(
-        samples=samples,
-        sampling=config.rollout.sampling,
-        max_response_tokens=max_tokens,
-        deterministic=config.rollout.deterministic,
-        concurrent_groups=prompts,
-        stop_token_ids=tuple(session.sampler.tokenizer.stop_token_ids),
+    """Responses of one turn to the first held-out prompts, under exactly the weights that the trainer holds, as engines
+    do since the last sync, cached prefixes included; not graded."""
+    config = session.config
+    of_rollout = Generation.of_rollout(
+        config.rollout,
+        stop_token_ids=session.sampler.tokenizer.stop_token_ids,
         vocab_size=session.sampler.vocab_size,
         run_seed=config.seed,
         stream=stream,
-        weight_version=version,
-        cache_version=session.weights.cache_version,
+        weight_version=session.progress.step,
+        cache_version=None,
         routes=session.routing_shape,
+        environment=None,
+    )
+    generation = replace(
+        of_rollout,
+        samples=samples,
+        max_response_tokens=max_tokens,
+        concurrent_groups=prompts,
+        response_length=None,
+        cache_of_version_only=True,
     )
     fleet, seconds = session.sampler.fleet, config.rollout.engine.request_timeout_seconds
     waiting = all_of(*[generate_group(fleet, prompt, generation) for prompt in session.held_out[:prompts]])
@@ -147,8 +152,7 @@ def keep(trajectories: list[Trajectory], folder: Path) -> None:
 
 
 def _difference(trajectories: list[Trajectory], scores: list[TokenScores], prefix: str) -> dict[str, float]:
-    trainer = np.concatenate([response_log_probs(t, one) for t, one in zip(trajectories, scores, strict=True)])
-    engine = np.concatenate([t.behavior_log_probs for t in trajectories])
-    mask = torch.ones(len(trainer), dtype=torch.bool)
-    sums = measured_difference(torch.from_numpy(trainer), torch.from_numpy(engine), mask)
-    return difference_diagnostics({name: float(value) for name, value in sums.items()}, prefix)
+    scored = [
+        replace(t, proximal_log_probs=response_log_probs(t, one)) for t, one in zip(trajectories, scores, strict=True)
+    ]
+    return difference_diagnostics(engine_mismatch(scored)[0], prefix)

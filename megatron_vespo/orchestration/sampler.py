@@ -13,7 +13,9 @@ from numpy.typing import NDArray
 from megatron_vespo.config import RolloutConfig
 from megatron_vespo.data.prompt import Prompt
 from megatron_vespo.data.tokenizer import ChatTokenizer
+from megatron_vespo.objective.advantages import without_variance
 from megatron_vespo.observability.console import RunConsole
+from megatron_vespo.orchestration.mini_batches import rewards_of
 from megatron_vespo.orchestration.supervision import Supervisor
 from megatron_vespo.rewards.pool import OUTCOMES, RewardPool
 from megatron_vespo.rollout.fleet import Fleet
@@ -76,16 +78,15 @@ class Sampler:
         await self.grader.grade(group.trajectories)
 
     def describe(self, groups: list[Group]) -> dict[str, Any]:
-        """Figures of rewards and responses."""
+        """Figures of rewards and responses. The rewards are to be the task's: describe them before they are shaped."""
         trajectories = [t for group in groups for t in group.trajectories]
         rewards = np.array([t.reward for t in trajectories])
         lengths = np.array([t.sampled_tokens for t in trajectories])
         outcomes = Counter(t.outcome for t in trajectories)
-        without_variance = [np.ptp([t.reward for t in group.trajectories]) == 0 for group in groups]
         return {
             "reward/mean": float(rewards.mean()),
             "reward/std": float(rewards.std()),
-            "reward/groups_without_variance": float(np.mean(without_variance)),
+            "reward/groups_without_variance": float(np.mean(without_variance(rewards_of(groups)))),
             **{f"reward/outcome/{kind}": outcomes[kind] for kind in OUTCOMES},
             "response/length_mean": float(lengths.mean()),
             "response/length_p10": float(np.quantile(lengths, 0.1)),

@@ -96,13 +96,10 @@ class Supervisor:
         task = asyncio.ensure_future(work)
         self.waits.append(wait)
         try:
-            done, _ = await asyncio.wait(
-                {task, *self._sentinels.values()}, timeout=wait.seconds, return_when=asyncio.FIRST_COMPLETED
-            )
-            if task in done and task.exception() is None:
-                return task.result()
-            if not done:
+            if not await self._ends(task, wait.seconds):
                 raise await self._expired(wait)
+            if task.done() and task.exception() is None:
+                return task.result()
             await self._settle()
             if (failure := self._dead_part()) is not None:
                 raise failure
@@ -113,6 +110,18 @@ class Supervisor:
             self.waits.remove(wait)
             if not task.done():
                 task.cancel()
+
+    async def _ends(self, task: asyncio.Future, seconds: float) -> bool:
+        """Whether `task` ended, or a watched part died, within `seconds`. That one is no longer watched is neither."""
+        deadline = time.monotonic() + seconds
+        while True:
+            watched = [sentinel for sentinel in self._sentinels.values() if not sentinel.cancelled()]
+            left = max(deadline - time.monotonic(), 0.0)
+            done, _ = await asyncio.wait({task, *watched}, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+            if not done:
+                return False
+            if task.done() or self._dead_part() is not None:
+                return True
 
     async def _expired(self, wait: Wait) -> Expired:
         cause = f"not finished after {wait.seconds:.0f} s"

@@ -1,6 +1,6 @@
 """How engines are told to load a bucket, for each transport: the other end of `weights.sender.Sender`."""
 
-import itertools
+import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -11,8 +11,6 @@ from megatron_vespo.rollout.engine_http import EngineError
 from megatron_vespo.weights.buckets import Bucket
 
 Transport = Literal["collective", "shared_memory", "disk"]
-
-_numbers = itertools.count()
 
 
 class Receivers(ABC):
@@ -61,8 +59,8 @@ class CollectiveReceivers(Receivers):
         self._groups: list[list[EngineClient]] = (
             [list(engines)] if backend == "nccl" else [[client] for client in engines]
         )
-        # An engine's process may still be in a group of the same trainer that was given up.
-        self.names = [f"megatron_vespo_weights_{next(_numbers)}" for _ in self._groups]
+        # An engine's process may still be in a group that was given up, of this run or of one before it in a grid.
+        self.names = [f"megatron_vespo_weights_{uuid.uuid4().hex}" for _ in self._groups]
 
     @property
     def world_sizes(self) -> list[int]:

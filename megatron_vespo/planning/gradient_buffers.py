@@ -36,10 +36,6 @@ class GradientBuffer:
     spans: tuple[tuple[int, int], ...]
     ranks: int
 
-    @property
-    def parameter_elements(self) -> int:
-        return sum(end - start for start, end in self.spans)
-
     def stepped_by(self, rank: int) -> int:
         """Elements of parameters that the distributed optimizer steps on the `rank`-th of the data-parallel ranks."""
         total = 0

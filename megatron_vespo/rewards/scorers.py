@@ -140,11 +140,12 @@ def build_environment(source: Source, key: str) -> Environment | None:
     if source.environment is None:
         return None
     reply = load_function(source.environment, f"{key}.environment")
+    answer_key = source.answer_key if isinstance(source, FileSource) else "answer"
 
     def answer(text: str, reference: Any) -> str | None:
         row = reference if isinstance(reference, dict) else {}
-        key_of_answer = source.answer_key if isinstance(source, FileSource) else "answer"
-        said = reply(text, row.get(key_of_answer) if row else reference, row)
+        expected = reference if isinstance(source, CustomSource) else row.get(answer_key)
+        said = reply(text, expected, row)
         if said is not None and not isinstance(said, str):
             raise TypeError(f"{source.environment} returned {said!r:.100}, neither text nor None")
         return said

@@ -87,6 +87,7 @@ class EngineClient(EngineHttp):
         *,
         return_routed_experts: bool = False,
         routed_experts_start_len: int = 0,
+        cache_key: str | None = None,
     ) -> list[EngineOutput]:
         """Sample one response to each input, in one request; SGLang's own sampling parameters for each.
 
@@ -96,6 +97,7 @@ class EngineClient(EngineHttp):
             return_routed_experts: ask for the experts of every input position but the last sampled token's. The server
                 must have been started for it.
             routed_experts_start_len: the first position to return, of all inputs of this request.
+            cache_key: use only those cached prefixes that requests with this key computed (SGLang's `extra_key`).
         """
         body: dict[str, Any] = {
             "input_ids": input_ids,
@@ -105,6 +107,8 @@ class EngineClient(EngineHttp):
         }
         if return_routed_experts:
             body |= {"return_routed_experts": True, "routed_experts_start_len": routed_experts_start_len}
+        if cache_key is not None:
+            body["extra_key"] = cache_key
         tokens = sum(map(len, input_ids)) + sum(p.get("max_new_tokens", DEFAULT_NEW_TOKENS) for p in sampling_params)
         self.outstanding_tokens += tokens
         try:

@@ -44,20 +44,15 @@ def generate_groups(
         ResponseError: a response that is not what was asked for (see `check`).
         RunError: several engines failed one after the other with requests of one group.
     """
-    generation = Generation(
-        samples=rollout.group_size,
-        sampling=rollout.sampling,
-        max_response_tokens=rollout.max_response_tokens,
-        deterministic=rollout.deterministic,
-        concurrent_groups=rollout.concurrent_groups,
-        stop_token_ids=tuple(stop_token_ids),
+    generation = Generation.of_rollout(
+        rollout,
+        stop_token_ids=stop_token_ids,
         vocab_size=vocab_size,
         run_seed=run_seed,
         stream=f"rollout/{batch_index}",
         weight_version=weight_version,
         cache_version=cache_version,
         routes=routes,
-        response_length=rollout.response_length,
         environment=environment,
     )
     return generate(fleet, prompts, generation)
@@ -79,7 +74,7 @@ def generate_responses(
     environment: Environment | None = None,
 ) -> AsyncIterator[Group]:
     """For evaluation: any sampling parameters; the same seeds, and so the same noise, in every evaluation of a run. No
-    routes are recorded, and no lengths are drawn.
+    routes are recorded, and no lengths are drawn; nothing that other weights computed is used, whatever engines keep.
 
     Raises:
         ConfigError: min_p in deterministic mode, which SGLang's seeded sampling does not have.
@@ -100,6 +95,7 @@ def generate_responses(
         run_seed=run_seed,
         stream="evaluation",
         weight_version=weight_version,
+        cache_of_version_only=True,
         environment=environment,
     )
     return generate(fleet, prompts, generation)
@@ -190,6 +186,7 @@ async def request(place: Place, generation: Generation, responses: list[Response
                 [request_id(generation, response) for response in responses],
                 return_routed_experts=generation.routes is not None,
                 routed_experts_start_len=responses[0].first_position,
+                cache_key=generation.cache_key,
             )
             for response, output in zip(responses, outputs, strict=True):
                 left = ending_of(generation, response).max_tokens - response.num_tokens

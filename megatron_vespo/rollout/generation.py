@@ -1,13 +1,13 @@
 """What requests ask of an engine: settings of a batch, and from them the parameters of each sample."""
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_vespo.config import ResponseLengthConfig, SamplingConfig
+from megatron_vespo.config import ResponseLengthConfig, RolloutConfig, SamplingConfig
 from megatron_vespo.rollout.response_lengths import Ending, drawn_length
 from megatron_vespo.rollout.seeds import sample_seed
 from megatron_vespo.rollout.segments import Response
@@ -30,6 +30,7 @@ class Generation:
             response that is aborted for it goes on under the new ones.
         cache_version: oldest weights under which something in the engine's prefix cache may have been computed; None:
             the cache is emptied at each change of weights.
+        cache_of_version_only: of the engine's prefix cache, use only what such requests under `weight_version` computed.
         routes: what the engine's routes look like; None: they are not asked for.
         response_length: each response gets a length that is drawn from this; None: the model ends it.
         environment: what it says after a turn, as token ids; None: the response ends there. Without one all responses
@@ -47,9 +48,51 @@ class Generation:
     stream: str
     weight_version: int | None
     cache_version: int | None = None
+    cache_of_version_only: bool = False
     routes: RoutingShape | None = None
     response_length: ResponseLengthConfig | None = None
     environment: Environment | None = None
+
+    def __post_init__(self) -> None:
+        if self.cache_of_version_only and self.weight_version is None:
+            raise ValueError("cache_of_version_only: the weights may change, so there is no version to keep to")
+
+    @classmethod
+    def of_rollout(
+        cls,
+        rollout: RolloutConfig,
+        *,
+        stop_token_ids: Sequence[int],
+        vocab_size: int,
+        run_seed: int,
+        stream: str,
+        weight_version: int | None,
+        cache_version: int | None,
+        routes: RoutingShape | None,
+        environment: Environment | None,
+    ) -> "Generation":
+        """Of responses to train on. Another kind of request is made of it by `replace`."""
+        return cls(
+            samples=rollout.group_size,
+            sampling=rollout.sampling,
+            max_response_tokens=rollout.max_response_tokens,
+            deterministic=rollout.deterministic,
+            concurrent_groups=rollout.concurrent_groups,
+            stop_token_ids=tuple(stop_token_ids),
+            vocab_size=vocab_size,
+            run_seed=run_seed,
+            stream=stream,
+            weight_version=weight_version,
+            cache_version=cache_version,
+            routes=routes,
+            response_length=rollout.response_length,
+            environment=environment,
+        )
+
+    @property
+    def cache_key(self) -> str | None:
+        """Names the part of the engine's prefix cache that requests use; None: the one of all that name none."""
+        return f"weights {self.weight_version}" if self.cache_of_version_only else None
 
 
 def ending_of(generation: Generation, response: Response) -> Ending:

@@ -72,6 +72,20 @@ def test_holding_out_a_whole_file_leaves_nothing_to_train_on(tokenizer, tmp_path
         PromptStream(data, tokenizer, seed=1, excluded=question_texts(held_out)).take(1)
 
 
+def test_a_source_that_is_used_up_is_named_and_looking_for_it_draws_nothing(chain_sum, tokenizer, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"What is {n}?", "answer": n}) + "\n" for n in range(4)))
+    rows = FileSource(type="file", path=str(path), scorer="exact_match", weight=0.001)
+    excluded = frozenset(f"What is {n}?" for n in range(4))
+    data = DataConfig(sources=(chain_sum, rows))
+    with pytest.raises(ConfigError, match=r"^data\.sources\.1: no usable prompt"):
+        PromptStream(data, tokenizer, seed=1, excluded=excluded).require_usable()
+    looked, untouched = (PromptStream(data, tokenizer, seed=1, excluded=excluded - {"What is 2?"}) for _ in range(2))
+    looked.require_usable()
+    assert looked.state_dict() == untouched.state_dict()
+    assert [p.identity for p in looked.take(20)] == [p.identity for p in untouched.take(20)]
+
+
 def test_sources_of_an_evaluation_are_counted_behind_the_training_sources(small, chain_sum, tokenizer):
     config = EvaluationConfig(prompts=4, sources=(chain_sum,))
     prompts = held_out_prompts(config, small, tokenizer)

@@ -1,10 +1,13 @@
 """A killed asynchronous run goes on: the planned steps, every trajectory accounted for, the bound kept."""
 
 import json
+import shutil
 
 from test_a_killed_run_goes_on import end, kill_when, start
 from test_a_run_from_start_to_report import SHORT, rows
 
+from megatron_vespo.checkpoint.check import check_folder
+from megatron_vespo.orchestration.checkpoints import complete_checkpoints
 from megatron_vespo.rollout.trajectory_file import read_trajectories
 
 STEPS, BOUND = 16, 7
@@ -14,6 +17,7 @@ SETTINGS = (
     f"algorithm.asynchronous={{sync_every: 2, max_staleness: {BOUND}}}",
     "routing.replay=R3",
     "checkpoint.save_every=3",
+    "checkpoint.export_every=3",
     "checkpoint.keep_last=5",
     "evaluation.every_steps=0",
 )
@@ -28,9 +32,15 @@ def test_killed_with_groups_in_every_state(tmp_path):
     waiting = read_trajectories(complete.parent)
     assert len(waiting) == sum(saved["mini_batches"])
     assert all(t.engine_routes.recorded.all() for t in waiting)
+    # As if it had been killed before the export of that step was written.
+    newest = complete_checkpoints(run)[-1]
+    exported = run / "exports" / newest.name
+    if exported.exists():
+        shutil.rmtree(exported)
 
     said = end(start(run, *SETTINGS, "--resume", "auto"))
     assert "resumed after step" in said
+    check_folder(exported)
     steps, summary = rows(run, "step"), json.loads((run / "summary.json").read_text())
     assert [row["step"] for row in steps] == list(range(1, STEPS + 1))
     assert max(row["staleness"] for row in steps) <= BOUND

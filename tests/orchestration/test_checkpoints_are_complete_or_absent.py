@@ -40,12 +40,16 @@ def test_only_what_is_complete_bears_a_name(tmp_path):
     assert steps(tmp_path) == [3]
 
 
-def test_a_checkpoint_of_the_same_step_is_replaced(tmp_path):
+def test_a_complete_checkpoint_is_never_written_over(tmp_path):
+    """At no moment is there none of that step: a resumed run takes later ones away before it begins."""
     complete(written(tmp_path, 3))
     again = written(tmp_path, 3)
     (again / "policy" / "weights").write_bytes(b"other")
-    complete(again)
-    assert (tmp_path / "checkpoints" / "step_00000003" / "policy" / "weights").read_bytes() == b"other"
+    with pytest.raises(OSError, match="not empty"):
+        complete(again)
+    (checkpoint,) = complete_checkpoints(tmp_path)
+    require_whole(checkpoint)
+    assert (checkpoint / "policy" / "weights").read_bytes() == b"xxx"
 
 
 @pytest.mark.parametrize(

@@ -4,23 +4,10 @@ from random import Random
 
 from hypothesis import given
 from hypothesis import strategies as st
+from small_session import Counting
 
 from megatron_vespo.data.prompt import Prompt
 from megatron_vespo.orchestration.drawn_prompts import DrawnPrompts
-
-
-class Counting:
-    """A stream of the natural numbers."""
-
-    def __init__(self, position: int = 0):
-        self.position = position
-
-    def take(self, count: int) -> list[Prompt]:
-        self.position += count
-        return [Prompt(str(n), "", None, 0, None) for n in range(self.position - count, self.position)]
-
-    def state_dict(self) -> dict:
-        return {"position": self.position}
 
 
 @given(st.integers(0, 10**6), st.lists(st.integers(1, 25), min_size=1, max_size=4))

@@ -7,7 +7,13 @@ import pytest
 from test_labels_and_advantages_meet_their_tokens import trajectory
 
 from megatron_vespo.config import AdvantageConfig, AlgorithmConfig, ObjectiveConfig
-from megatron_vespo.orchestration.mini_batches import assign_advantages, mini_batches, shape_rewards, training_sequences
+from megatron_vespo.orchestration.mini_batches import (
+    assign_advantages,
+    mark_trained,
+    mini_batches,
+    shape_rewards,
+    training_sequences,
+)
 from megatron_vespo.orchestration.rescoring import correct_engine, engine_mismatch
 from megatron_vespo.rollout.trajectory import Group
 
@@ -91,9 +97,10 @@ def test_groups_all_alike_are_left_out_unless_nothing_would_remain():
         return Group(members[0].prompt, members)
 
     groups = [group("a", [1, 0]), group("b", [1, 1]), group("c", [0, 0]), group("d", [1, 1])]
+    mark_trained(groups, AdvantageConfig(zero_variance_groups="filter"))
     assign_advantages(groups, AdvantageConfig(zero_variance_groups="filter"))
     names = [[t.prompt.identity for t in batch] for batch in mini_batches(groups, 2)]
     assert names == [["a", "a"], ["c", "c", "d", "d"]]
     assert all(t.advantage == 0 for g in groups[1:] for t in g.trajectories)
-    assign_advantages(groups, AdvantageConfig())
+    mark_trained(groups, AdvantageConfig())
     assert [len(batch) for batch in mini_batches(groups, 2)] == [4, 4]

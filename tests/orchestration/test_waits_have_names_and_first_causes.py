@@ -17,6 +17,12 @@ async def never():
     await asyncio.Event().wait()
 
 
+async def some_turns():
+    """Of the event loop: what was set off has happened after them, as far as it waits for nothing."""
+    for _ in range(20):
+        await asyncio.sleep(0)
+
+
 def failure_of(scenario) -> str:
     with pytest.raises(RunFailed) as caught:
         asyncio.run(scenario())
@@ -79,3 +85,45 @@ def test_parts_that_are_stopped_on_purpose_fail_nothing():
         return await supervisor.wait("export", asyncio.sleep(0.1, "done"), seconds=5)
 
     assert asyncio.run(scenario()) == "done"
+
+
+def test_parts_that_are_stopped_on_purpose_end_no_wait_that_goes_on():
+    async def scenario():
+        supervisor, exported = Supervisor(), asyncio.Event()
+        supervisor.watch("engine", never())
+        supervisor.watch("policy rank 0", never())
+        waiting = asyncio.ensure_future(supervisor.wait("export", exported.wait(), seconds=60))
+        await some_turns()
+        supervisor.forget("engine")
+        await some_turns()
+        exported.set()
+        return await waiting
+
+    assert asyncio.run(scenario()) is True
+
+
+def test_what_dies_after_another_part_was_stopped_is_still_named():
+    async def scenario():
+        supervisor, dies = Supervisor(), asyncio.get_running_loop().create_future()
+        supervisor.watch("engine", never())
+        supervisor.watch("policy rank 0", dies)
+        waiting = asyncio.ensure_future(supervisor.wait("train a step", never(), seconds=60))
+        await some_turns()
+        supervisor.forget("engine")
+        await some_turns()
+        dies.set_exception(RuntimeError("out of memory"))
+        await waiting
+
+    assert failure_of(scenario) == "policy rank 0: RuntimeError: out of memory"
+
+
+def test_the_deadline_holds_whatever_is_stopped_meanwhile():
+    async def scenario():
+        supervisor = Supervisor()
+        supervisor.watch("engine", never())
+        waiting = asyncio.ensure_future(supervisor.wait("train a step", never(), seconds=0.1))
+        await some_turns()
+        supervisor.forget()
+        await waiting
+
+    assert failure_of(scenario).startswith("train a step: not finished after")

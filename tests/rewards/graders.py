@@ -64,3 +64,8 @@ def reply(response, answer, row) -> str | None:
         return 7  # pyright: ignore[reportReturnType]
     misbehave(response, answer, row)
     return None
+
+
+def echo(response, answer, row) -> str:
+    """An environment that tells what it was given."""
+    return repr((response, answer, row))

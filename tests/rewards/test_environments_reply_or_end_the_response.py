@@ -5,7 +5,7 @@ import logging
 
 import pytest
 
-from megatron_vespo.config import ConfigError, DataConfig, FileSource, RewardConfig
+from megatron_vespo.config import ConfigError, CustomSource, DataConfig, FileSource, ReasoningGymSource, RewardConfig
 from megatron_vespo.rewards.pool import RewardPool
 from megatron_vespo.rewards.scorers import build_environments
 
@@ -40,6 +40,25 @@ def test_a_failure_ends_the_response_and_is_counted_and_told(pool, trajectory, c
     graded = trajectory("yes")
     asyncio.run(pool.grade([graded]))
     assert graded.reward == 1.0
+
+
+@pytest.mark.parametrize(
+    ("of", "reference", "answer", "row"),
+    [
+        (CustomSource(type="custom", target="x:X"), {"answer": 7, "moves": 3}, {"answer": 7, "moves": 3}, None),
+        (CustomSource(type="custom", target="x:X"), {"moves": 3}, {"moves": 3}, None),
+        (CustomSource(type="custom", target="x:X"), {}, {}, None),
+        (CustomSource(type="custom", target="x:X"), "seven", "seven", {}),
+        (FileSource(type="file", path="x", answer_key="result"), {"result": 7, "answer": 8}, 7, None),
+        (FileSource(type="file", path="x", answer_key=None), {"answer": 8}, None, None),
+        (ReasoningGymSource(type="reasoning_gym", task="x"), {"answer": "7", "metadata": {}}, "7", None),
+    ],
+)
+def test_an_environment_gets_the_answer_that_the_scorer_of_its_source_gets(of, reference, answer, row):
+    """`row`: None for all that is known of the item."""
+    (environment,) = build_environments({"s": of.model_copy(update={"environment": "graders:echo"})})
+    assert environment is not None
+    assert environment("said", reference) == repr(("said", answer, reference if row is None else row))
 
 
 def test_an_environment_that_is_not_there_is_refused_before_the_run():

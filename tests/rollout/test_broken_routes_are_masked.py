@@ -107,7 +107,7 @@ def test_sound_routes_are_kept_without_the_dense_layers():
     np.testing.assert_array_equal(found.engine_routes.experts, routes(POSITIONS)[:, 1:])
     assert found.engine_routes.recorded.all() and not found.engine_routes.masked
     assert (found.engine_routes.weight_versions == 7).all()
-    assert asked[0][3] == {"return_routed_experts": True, "routed_experts_start_len": 0}
+    assert asked[0][3] == {"return_routed_experts": True, "routed_experts_start_len": 0, "cache_key": None}
 
 
 def test_large_payloads_are_read_in_a_thread_and_are_the_same():
@@ -139,7 +139,7 @@ def test_only_the_broken_part_of_a_response_is_masked():
     ]
     (_, _, first_id, _), (input_ids, max_new_tokens, second_id, options) = asked
     assert input_ids == [*PROMPT.token_ids.tolist(), 3, 4] and max_new_tokens == 2
-    assert options == {"return_routed_experts": True, "routed_experts_start_len": prompt + 1}
+    assert options == {"return_routed_experts": True, "routed_experts_start_len": prompt + 1, "cache_key": None}
     assert second_id == f"{first_id}/1"
 
 

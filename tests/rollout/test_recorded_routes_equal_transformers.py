@@ -1,18 +1,23 @@
+import asyncio
 import re
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from broadcast import group_with, update
 from held_weights import weights_in
 from rollouts import collect, random_prompts
+from test_engine_equals_transformers import naive_log_probs
 from test_servers_leave_nothing_behind import wait_until
 from tiny_engine import ROUTE_SHAPE, RunningEngine, running_engine, write_tiny_qwen3_moe
 from transformers_routes import load, routes_of, tokens_of
 
 from megatron_vespo.config import RolloutConfig, SamplingConfig
-from megatron_vespo.data.prompt import Prompt
+from megatron_vespo.orchestration.routing_probe import sample_probe
+from megatron_vespo.orchestration.supervision import Supervisor
 from megatron_vespo.rollout.generate import generate_responses
+from megatron_vespo.rollout.trajectory import Prompt, Trajectory
 from megatron_vespo.routing.codec import decode
 
 pytestmark = pytest.mark.engine
@@ -142,3 +147,75 @@ def test_routes_out_of_a_cache_of_older_weights_are_masked(plain_engine, referen
             assert t.engine_routes.recorded.all() and not t.engine_routes.masked
             np.testing.assert_array_equal(t.engine_routes.experts, routes_of(new, tokens_of(t)))
         update(engine, group, weights_in(engine.model_path), weight_version=0)
+
+
+def test_evaluations_and_probes_use_nothing_that_older_weights_computed(plain_engine, reference, tmp_path):
+    """The same prompts under two weights, and the engine keeps its cache: log-probs are of a model without one."""
+    engine = plain_engine
+    write_tiny_qwen3_moe(tmp_path / "other", seed=1)
+    new, prompts = load(tmp_path / "other"), random_prompts(3, seed=13)
+
+    async def evaluate(version: int) -> list[Trajectory]:
+        stream = generate_responses(
+            engine.fleet,
+            prompts,
+            SamplingConfig(),
+            samples_per_prompt=2,
+            max_response_tokens=6,
+            deterministic=False,
+            concurrent_groups=3,
+            stop_token_ids=[2],
+            vocab_size=engine.vocab_size,
+            run_seed=1,
+            weight_version=version,
+        )
+        return [t async for group in stream for t in group.trajectories]
+
+    async def probe(version: int) -> list[Trajectory]:
+        session = SimpleNamespace(
+            config=SimpleNamespace(rollout=PLAIN, seed=1),
+            sampler=SimpleNamespace(
+                fleet=engine.fleet,
+                tokenizer=SimpleNamespace(stop_token_ids=[2]),
+                vocab_size=engine.vocab_size,
+                supervisor=Supervisor(),
+            ),
+            engines=SimpleNamespace(waiting=[], came_back=asyncio.Event().wait),
+            progress=SimpleNamespace(step=version),
+            routing_shape=ROUTE_SHAPE,
+            held_out=prompts,
+        )
+        groups = await sample_probe(session, "probe", 3, samples=2, max_tokens=6)  # type: ignore[arg-type]
+        return [t for group in groups for t in group.trajectories]
+
+    def largest_error(found: list[Trajectory], model) -> float:
+        return max(np.abs(t.behavior_log_probs - naive_log_probs(model, t, 1.0)).max() for t in found)
+
+    # Once the prompts are in the cache, also of what names no weights.
+    for found in (trajectories(engine, prompts, PLAIN), engine.run(evaluate(0)), engine.run(probe(0))):
+        assert largest_error(found, reference) < 1e-5
+    with group_with(engine) as group:
+        update(engine, group, weights_in(tmp_path / "other"), weight_version=1, flush_cache=False)
+        # What the cache is kept for: it would be found if it were used.
+        assert largest_error(trajectories(engine, prompts, PLAIN, weight_version=1, cache_version=0), new) > 1e-3
+        for _ in range(2):
+            assert largest_error(engine.run(evaluate(1)), new) < 1e-5
+            probed = engine.run(probe(1))
+            assert largest_error(probed, new) < 1e-5
+            for t in probed:
+                np.testing.assert_array_equal(t.engine_routes.experts, routes_of(new, tokens_of(t)))
+                assert t.engine_routes.recorded.all()
+        update(engine, group, weights_in(engine.model_path), weight_version=0)
+
+
+def test_a_cache_key_parts_what_is_cached(plain_engine):
+    engine, (prompt,) = plain_engine, random_prompts(1, seed=14)
+
+    def cached(number: int, key: str | None) -> int:
+        asked = [prompt.token_ids.tolist()], [{"max_new_tokens": 1}], [f"key/{number}"]
+        (output,) = engine.run(engine.client.generate(*asked, cache_key=key))
+        return output.cached_tokens
+
+    whole = len(prompt.token_ids) - 1
+    found = [cached(number, key) for number, key in enumerate([None, None, "1", "1", "2", None])]
+    assert found == [0, whole, 0, whole, 0, whole]
