@@ -11,13 +11,14 @@ from typing import Any
 import numpy as np
 
 from megatron_vespo.config import AlgorithmConfig, CheckpointConfig, RolloutConfig, RoutingConfig
+from megatron_vespo.data.prompt import Prompt
 from megatron_vespo.orchestration.sampler import Sampler
 from megatron_vespo.orchestration.session import Progress, Tally
 from megatron_vespo.orchestration.supervision import Supervisor
 from megatron_vespo.rollout.engine_output import EngineOutput, WeightSpan
 from megatron_vespo.rollout.fleet import Fleet
 from megatron_vespo.rollout.gate import Gate
-from megatron_vespo.rollout.trajectory import Prompt, Trajectory
+from megatron_vespo.rollout.trajectory import Trajectory
 
 GROUP_SIZE = 2
 

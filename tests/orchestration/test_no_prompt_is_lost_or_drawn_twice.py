@@ -6,7 +6,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from small_session import Counting
 
-from megatron_vespo.data.prompt import Prompt
 from megatron_vespo.orchestration.drawn_prompts import DrawnPrompts
 
 

@@ -14,10 +14,11 @@ from tiny_engine import ROUTE_SHAPE, RunningEngine, running_engine, write_tiny_q
 from transformers_routes import load, routes_of, tokens_of
 
 from megatron_vespo.config import RolloutConfig, SamplingConfig
+from megatron_vespo.data.prompt import Prompt
 from megatron_vespo.orchestration.routing_probe import sample_probe
 from megatron_vespo.orchestration.supervision import Supervisor
 from megatron_vespo.rollout.generate import generate_responses
-from megatron_vespo.rollout.trajectory import Prompt, Trajectory
+from megatron_vespo.rollout.trajectory import Trajectory
 from megatron_vespo.routing.codec import decode
 
 pytestmark = pytest.mark.engine
