@@ -87,7 +87,7 @@ def figures(section: Section, data: dict[str, Any]) -> str:
     if found := "\n".join(by_value(section, data["variants"])):
         parts.append(found)
     table = "\n".join(by_variant(data["variants"]))
-    if len(data["variants"]) > FEW:
+    if found and len(data["variants"]) > FEW:
         table = f"<details markdown>\n<summary>Every variant</summary>\n\n{table}\n\n</details>"
     parts.append(table)
     return "\n\n".join([begin(section.name), *parts, end(section.name)])
