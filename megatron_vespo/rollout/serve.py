@@ -2,11 +2,12 @@
 
 It reads one line from its standard input: the token that requests need.
 
-The same server as `sglang.launch_server`, with six differences: what a CPU needs is in place before SGLang is
+The same server as `sglang.launch_server`, with seven differences: what a CPU needs is in place before SGLang is
 imported; on a CPU the scheduler is forked from this process, which has imported everything already, instead of spawned
 (half the start-up time); when the process PARENT dies, all of this server ends and removes what it wrote to DIR and
-shared memory; `--router-noise` makes it route wrongly (router_noise.py); and with `--parts DIR --name NAME` each
-of its processes makes itself known to the run (presence.py); the token is in no command line and no log.
+shared memory; `--router-noise` makes it route wrongly (router_noise.py); weights from disk are reported as loaded when
+all ranks have them; and with `--parts DIR --name NAME` each of its processes makes itself known to the run (presence.py);
+the token is in no command line and no log.
 """
 
 import argparse
@@ -16,6 +17,8 @@ import os
 import signal
 import sys
 from pathlib import Path
+
+import torch.distributed
 
 from megatron_vespo import presence
 from megatron_vespo.rollout import process_tree, router_noise, sglang_on_cpu
@@ -98,8 +101,22 @@ def fork_children(*_, **__) -> None:
     multiprocessing.set_start_method("fork", force=True)
 
 
+def wait_for_all_ranks(_, updater, *__) -> None:
+    """After a rank has read weights from disk. SGLang answers when rank 0 has them, and then their files are removed."""
+    torch.distributed.barrier(group=updater.tp_cpu_group)
+
+
+def register_barrier() -> None:
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    updater = "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager"
+    HookRegistry.register(f"{updater}.update_weights_from_disk", wait_for_all_ranks, HookType.AFTER)
+
+
 # Spawned processes come here too, with the same arguments, before they load plugins and apply hooks.
 router_noise.register(sys.argv[1:])
+if __name__ in ("__main__", "__mp_main__"):
+    register_barrier()
 if __name__ == "__mp_main__":
     announce_spawned(sys.argv[1:])
 if __name__ == "__main__":
